@@ -1,0 +1,82 @@
+"""Depthwire: a compiler from trained PyTorch transformers to engines that read their depth by attention.
+
+The verbs of the command line are functions of the same names: ``depthwire.convert(...)``, ``depthwire.verify(...)``.
+Importing this package imports no torch; the first verb does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from depthwire.api import (
+        Inspection,
+        Plan,
+        Result,
+        VerificationError,
+        build,
+        capture,
+        convert,
+        doctor,
+        export,
+        inspect,
+        plan,
+        rewrite,
+        targets,
+        verify,
+    )
+    from depthwire.artifact import Artifact
+    from depthwire.errors import DepthwireError
+    from depthwire.program import Program
+    from depthwire.recipe import Recipe
+    from depthwire.stages import Stages
+
+__version__ = version("depthwire")
+
+__all__ = [
+    "Artifact",
+    "DepthwireError",
+    "Inspection",
+    "Plan",
+    "Program",
+    "Recipe",
+    "Result",
+    "Stages",
+    "VerificationError",
+    "__version__",
+    "build",
+    "capture",
+    "convert",
+    "doctor",
+    "export",
+    "inspect",
+    "plan",
+    "rewrite",
+    "targets",
+    "verify",
+]
+
+_HOMES = {
+    "Artifact": "depthwire.artifact",
+    "DepthwireError": "depthwire.errors",
+    "Program": "depthwire.program",
+    "Recipe": "depthwire.recipe",
+    "Stages": "depthwire.stages",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'depthwire' has no attribute '{name}'")
+    if name == "export":
+        # The package of this name is callable and forwards to the verb, so that both meanings of the name hold.
+        return importlib.import_module("depthwire.export")
+    value = getattr(importlib.import_module(_HOMES.get(name, "depthwire.api")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,104 @@
+"""``build``: an engine from an artefact, by the target's builder."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from depthwire import _flow
+from depthwire.artifact import Artifact
+from depthwire.errors import BuildError
+from depthwire.recipe import make_recipe
+from depthwire.report import make_report, write_report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from depthwire.artifact import EngineInfo
+    from depthwire.recipe import BuildOptions
+    from depthwire.runtime.target import Target
+    from depthwire.runtime.tensorrt_rtx import Progress
+    from depthwire.stages import Stages
+
+
+def has_engine(target: Target) -> bool:
+    """Whether something is built for a target; ONNX Runtime runs the ONNX file itself."""
+    return target.builder != "onnxruntime"
+
+
+def require_backend(target: Target) -> None:
+    """Refuse a target whose builder is not installed or not supported yet.
+
+    Raises:
+        BuildError: ``build.backend-missing`` or ``build.planned``.
+    """
+    from depthwire.runtime.doctor import PACKAGES
+
+    if target.status != "implemented":
+        raise BuildError(
+            "build.planned",
+            f"Engines for target {target.name} cannot be built yet",
+            at=f"--target {target.name}",
+            want="a target whose status is 'implemented'",
+            got=f"status '{target.status}'",
+            todo="Add --no-build to write the ONNX model for it; 'depthwire targets' lists what can be built.",
+        )
+    package = next((package for package in PACKAGES if package.distribution == target.builder), None)
+    if package is None or importlib.util.find_spec(package.module) is not None:
+        return
+    raise BuildError(
+        "build.backend-missing",
+        f"The builder of target {target.name} is not installed",
+        at=f"--target {target.name}",
+        want=f"the package {package.distribution}",
+        got=f"no module {package.module}",
+        todo=f"Install it: {package.remedy}. Or add --no-build to write the ONNX model alone.",
+    )
+
+
+def build(directory: Path, options: Mapping[str, object], stages: Stages) -> EngineInfo:
+    """See ``depthwire.api.build``."""
+    from depthwire.runtime.target import load_target
+
+    with stages.stage("load", str(directory)) as stage:
+        artifact = Artifact.load(directory)
+        stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
+    recorded = _flow.recorded_recipe(artifact)
+    recipe = make_recipe(options, base=recorded)
+    target = load_target(recipe.target)
+    if has_engine(target):
+        require_backend(target)
+    engine = build_stage(artifact, target, recipe.build, stages)
+    write_report(artifact, make_report(artifact, stages))
+    return engine
+
+
+def build_stage(artifact: Artifact, target: Target, options: BuildOptions, stages: Stages) -> EngineInfo:
+    """Build, with the builder's progress shown.
+
+    Raises:
+        UsageError: Nothing is built for this target, or not for that compute capability.
+        BuildError: The builder is absent, lacks memory, or fails.
+    """
+    with stages.stage("build", target.name) as stage:
+        from depthwire.runtime.tensorrt_rtx import build as build_engine
+
+        def show(progress: Progress) -> None:
+            rest = progress.eta_seconds
+            fraction = None if rest is None else progress.elapsed_seconds / max(progress.elapsed_seconds + rest, 1e-9)
+            stage.progress(progress.phase, fraction, rest)
+
+        engine = build_engine(
+            artifact,
+            target,
+            compute_capabilities=options.compute_capabilities,
+            workspace_bytes=options.workspace,
+            optimization_level=options.optimization_level,
+            progress=show,
+            check_memory=options.check_memory,
+        )
+        stage.bytes = engine.bytes
+        stage.child_peak(engine.peak_rss_bytes)
+        stage.detail = f"{target.name} for {', '.join(engine.compute_capabilities)}"
+        return engine

@@ -1,0 +1,157 @@
+"""``convert`` and its plan: the stages in order, and what stays behind when one of them fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from depthwire import _flow
+from depthwire._build import build_stage, has_engine, require_backend
+from depthwire._outdir import check_out, disk_full_as_error, free_bytes, removed_unless_vouched, require_space
+from depthwire._results import Plan, Result, VerificationError
+from depthwire._verify import verify_stage
+from depthwire.errors import DepthwireError
+from depthwire.report import make_report, write_report
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from depthwire._flow import Examples, Model, Window
+    from depthwire.artifact import Artifact, EngineInfo
+    from depthwire.program import Program
+    from depthwire.recipe import Recipe
+    from depthwire.runtime.target import Target
+    from depthwire.runtime.verify_report import VerifyReport
+    from depthwire.stages import Stages
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of one conversion share."""
+
+    out: Path
+    recipe: Recipe
+    target: Target
+    stages: Stages
+    original: Program
+    rewritten: Program
+
+
+def convert(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples: Examples) -> Result:
+    """See ``depthwire.api.convert``."""
+    out = check_out(recipe.out, force=force)
+    target = _target(recipe)
+    original = _flow.capture_stage(source, recipe, stages, examples)
+    rewritten, structure = _flow.rewrite_stage(original, recipe, target, stages)
+    run = _Run(out, recipe, target, stages, original, rewritten)
+    with removed_unless_vouched(out):
+        windows, artifact = _export_stages(run)
+        return _prove_and_build(run, artifact, windows, structure)
+
+
+def _target(recipe: Recipe) -> Target:
+    """Return the target with its package checked: a missing builder must not cost a conversion."""
+    from depthwire.runtime.target import load_target
+
+    target = load_target(recipe.target)
+    if recipe.build.enabled and has_engine(target):
+        target.resolve_compute_capabilities(recipe.build.compute_capabilities)
+        require_backend(target)
+    return target
+
+
+def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
+    """Run the original on the goldens' windows, translate the rewritten program, write both."""
+    recipe, stages = run.recipe, run.stages
+    opset = recipe.opset or run.target.opset
+    needed = sum(bytes_by_part(run.rewritten, recipe).values())
+    require_space(run.out, needed)
+    with stages.stage("goldens") as stage:
+        from depthwire.export.goldens import make_goldens
+
+        count = max(recipe.goldens.count, recipe.verify.windows if recipe.verify.enabled else 1)
+        windows = _flow.make_windows(run.original, recipe, count)
+        goldens = make_goldens(run.original, windows[: recipe.goldens.count])
+        stage.detail = f"original run on {len(goldens.inputs)} of {len(windows)} windows"
+    with stages.stage("export", f"opset {opset}") as stage, disk_full_as_error(run.out, needed):
+        from depthwire.export.to_onnx import to_onnx
+        from depthwire.export.write import write_artifact
+
+        stage.update("translating")
+        model = to_onnx(run.rewritten, opset=opset)
+        artifact = write_artifact(
+            run.out,
+            original=run.original,
+            rewritten=run.rewritten,
+            model=model,
+            goldens=goldens,
+            recipe=recipe.resolved(),
+            progress=lambda done, total: stage.progress("writing weights", done / max(total, 1)),
+        )
+        stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
+        stage.detail += f", {len(model.graph)} nodes"
+    return windows, artifact
+
+
+def _prove_and_build(
+    run: _Run, artifact: Artifact, windows: Sequence[Window], structure: dict[str, Any] | None
+) -> Result:
+    recipe, stages = run.recipe, run.stages
+    verdict: VerifyReport | None = None
+    engine: EngineInfo | None = None
+    failure: DepthwireError | None = None
+    try:
+        if recipe.verify.enabled:
+            # A file of inputs says itself how many windows there are.
+            chosen = windows if recipe.goldens.inputs is not None else windows[: recipe.verify.windows]
+            verdict = verify_stage(artifact, run.original, run.rewritten, chosen, stages)
+        if recipe.build.enabled and has_engine(run.target):
+            engine = build_stage(artifact, run.target, recipe.build, stages)
+    except VerificationError as error:
+        verdict, failure = error.report, error
+    except DepthwireError as error:
+        failure = error
+    verify = None if verdict is None else verdict.as_dict()
+    document = make_report(artifact, stages, structure=structure, verify=verify, failure=failure)
+    write_report(artifact, document)
+    if failure is not None:
+        raise failure
+    return Result(artifact, document, verdict, engine, stages)
+
+
+def plan(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples: Examples) -> Plan:
+    """See ``depthwire.api.plan``."""
+    out = None if recipe.out is None else check_out(recipe.out, force=force)
+    target = _target(recipe)
+    original = _flow.capture_stage(source, recipe, stages, examples)
+    rewritten, structure = _flow.rewrite_stage(original, recipe, target, stages)
+    facts = {
+        "name": target.name,
+        "title": target.title,
+        "builder": target.builder,
+        "opset": recipe.opset or target.opset,
+        "engine": recipe.build.enabled and has_engine(target),
+        "compute_capabilities": list(target.resolve_compute_capabilities(recipe.build.compute_capabilities))
+        if has_engine(target)
+        else [],
+    }
+    return Plan(
+        recipe=recipe,
+        source=_flow.source_dict(original),
+        target=facts,
+        structure=structure,
+        passes=_flow.passes_list(rewritten),
+        bytes_by_part=bytes_by_part(rewritten, recipe),
+        free_bytes=None if out is None else free_bytes(out),
+        stages=stages,
+    )
+
+
+def bytes_by_part(program: Program, recipe: Recipe) -> dict[str, int]:
+    """Return the bytes that a conversion will write: weights, goldens, and what ``verify`` keeps (base64 in JSON)."""
+    window = _flow.window_bytes(program)
+    parts = {"weights": program.weight_bytes, "goldens": recipe.goldens.count * window}
+    if recipe.verify.enabled:
+        parts["verify"] = window * 4 // 3
+    return parts

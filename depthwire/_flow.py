@@ -1,0 +1,231 @@
+"""The stages behind the verbs: functions from values to values, each run under ``Stages``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from depthwire._outdir import check_file, disk_full_as_error, require_space
+from depthwire._results import Inspection
+from depthwire.artifact import MANIFEST, Artifact, SourceInfo
+from depthwire.errors import ExportError, InternalError, PassError, UsageError
+from depthwire.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from depthwire.program import Program
+    from depthwire.runtime.target import Target
+    from depthwire.stages import Stages
+
+    Window = Mapping[str, NDArray[np.generic]]
+    Model = str | Path | torch.nn.Module | Program
+    Examples = Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...] | None
+
+
+def capture_stage(source: Model, recipe: Recipe, stages: Stages, examples: Examples = None) -> Program:
+    """Capture the source with the recipe's shapes; a ``Program`` is taken as it is."""
+    label = str(source) if isinstance(source, (str, Path)) else type(source).__name__
+    with stages.stage("capture", label) as stage:
+        from depthwire.export.capture import capture
+        from depthwire.program import Program
+
+        options = recipe.source.model_dump(exclude={"reference"})
+        if isinstance(source, Program):
+            _refuse_source_options(recipe)
+            program = source
+        else:
+            program = capture(source, example_inputs=examples, **options)
+        stage.bytes = program.weight_bytes
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in program.example_inputs.items())
+        stage.detail = f"{program.source.model or label}, {shapes}"
+        return program
+
+
+def _refuse_source_options(recipe: Recipe) -> None:
+    given = recipe.source.model_dump(exclude={"reference"}, exclude_defaults=True)
+    if given:
+        raise UsageError(
+            "recipe.captured-already",
+            "A captured program cannot be captured again",
+            at=", ".join(f"source.{name}" for name in given),
+            want="no option of the recipe's source section",
+            got=", ".join(f"{name}={value}" for name, value in given.items()),
+            todo="Give these options to 'capture', which made the program.",
+        )
+
+
+def rewrite_stage(
+    program: Program, recipe: Recipe, target: Target | None, stages: Stages
+) -> tuple[Program, dict[str, Any] | None]:
+    """Run the recipe's passes.
+
+    Args:
+        program: The captured program.
+        recipe: ``attn_res``, ``correction`` and ``queries`` decide.
+        target: Says whether attention stays one operator; it does without a target, as a program to train wants it.
+        stages: Where the stage is recorded.
+
+    Returns:
+        The rewritten program, and ``ResidualStream.as_dict()`` of the canonical one (``None`` without a stream).
+    """
+    with stages.stage("rewrite", recipe.attn_res or "no lift") as stage:
+        from depthwire.passes._pipeline import Pipeline
+        from depthwire.passes.standard import canonical_pipeline, standard_pipeline
+
+        front = canonical_pipeline()
+        passes = standard_pipeline(
+            attn_res=recipe.attn_res,
+            correction=recipe.correction,
+            queries=recipe.queries,
+            attention="op" if target is None else target.attention,
+        ).passes
+        # The structure shows in the canonical program alone: stop there on the way, instead of going there twice.
+        count = len(front.passes)
+        if passes[:count] != front.passes:
+            raise InternalError(
+                "pass.order",
+                "The standard passes do not start with the canonical ones",
+                at="depthwire.passes.standard",
+                want=", ".join(step.name for step in front.passes),
+                got=", ".join(step.name for step in passes[:count]),
+                todo="Report this.",
+            )
+        canonical = front.run(program, progress=stage.update)
+        structure = _structure(canonical)
+        rewritten = Pipeline(passes[count:]).run(canonical, progress=stage.update)
+        done = [f"{record.name} {record.rewrites}" for record in rewritten.history if record.rewrites]
+        stage.detail = ": ".join(part for part in (stage.detail, ", ".join(done)) if part)
+        return rewritten, structure
+
+
+def _structure(canonical: Program) -> dict[str, Any] | None:
+    from depthwire.passes.analysis.residual_stream import find_residual_stream
+
+    try:
+        return find_residual_stream(canonical).as_dict()
+    except PassError:
+        return None  # a model without a stream converts as it is; a lift would have named the reason itself
+
+
+def source_dict(program: Program) -> dict[str, Any]:
+    """Return where a program came from as JSON-ready values."""
+    source = program.source
+    info = SourceInfo(
+        kind=source.kind,
+        reference=source.reference,
+        revision=source.revision,
+        sha256=dict(source.sha256),
+        task=source.task,
+        model=source.model,
+    )
+    return info.model_dump(mode="json")
+
+
+def passes_list(program: Program) -> list[dict[str, Any]]:
+    """Return what the passes did as JSON-ready values."""
+    return [
+        {
+            "name": record.name,
+            "options": dict(record.options),
+            "rewrites": record.rewrites,
+            "declines": [dict(decline) for decline in record.declines],
+            "seconds": record.seconds,
+        }
+        for record in program.history
+    ]
+
+
+def recorded_recipe(artifact: Artifact) -> Recipe:
+    """Return the recipe that an artefact was made with.
+
+    Raises:
+        ExportError: ``artifact.recipe``.
+    """
+    try:
+        return Recipe.model_validate(artifact.manifest.recipe)
+    except ValidationError as error:
+        raise ExportError(
+            "artifact.recipe",
+            "The artefact's recipe cannot be read",
+            at=str(artifact.root / MANIFEST),
+            want="a recipe that this version understands",
+            got=str(error).splitlines()[0],
+            todo="Convert the model again; 'depthwire verify --goldens-only' needs no recipe.",
+        ) from error
+
+
+def window_bytes(program: Program) -> int:
+    """Return the bytes of one window's inputs and outputs."""
+    nodes = {node.name: node for node in program.exported.graph.nodes}
+    values = [nodes[name].meta["val"] for name in (*program.input_names, *program.output_nodes)]
+    return sum(int(value.numel()) * int(value.element_size()) for value in values)
+
+
+def make_windows(program: Program, recipe: Recipe, count: int) -> Sequence[Window]:
+    """Return inputs to compare on: from the recipe's text, all of its file, or random.
+
+    Args:
+        program: The captured program.
+        recipe: ``goldens`` decides where they come from.
+        count: How many; a file of inputs gives as many as it holds.
+    """
+    from depthwire.export.inputs import load_inputs, random_inputs, text_windows
+
+    goldens = recipe.goldens
+    if goldens.inputs is not None:
+        return load_inputs(program, goldens.inputs)
+    if goldens.text is not None:
+        return text_windows(program, goldens.text, count=count)
+    return random_inputs(program, count=count, seed=goldens.seed)
+
+
+def inspect(source: Model, recipe: Recipe, stages: Stages, examples: Examples) -> Inspection:
+    """See ``depthwire.api.inspect``."""
+    if isinstance(source, (str, Path)) and (Path(source) / MANIFEST).is_file():
+        with stages.stage("load", str(source)) as stage:
+            artifact = Artifact.load(source)
+            stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
+        return Inspection(artifact.manifest.source.model_dump(mode="json"), artifact=artifact)
+    program = capture_stage(source, recipe, stages, examples)
+    with stages.stage("analyze") as stage:
+        from depthwire.passes.analysis.residual_stream import find_residual_stream
+        from depthwire.passes.standard import canonical_pipeline
+
+        canonical = canonical_pipeline().run(program, progress=stage.update)
+        structure = find_residual_stream(canonical).as_dict()
+        stage.detail = f"{len(structure['sublayers'])} sublayers, {len(structure['breaks'])} breaks"
+    return Inspection(source_dict(program), structure=structure)
+
+
+def rewrite(source: Model, recipe: Recipe, stages: Stages, out: Path | None, examples: Examples) -> Program:
+    """See ``depthwire.api.rewrite``."""
+    if out is not None:
+        check_file(out, ".pt2")
+    program, _ = rewrite_stage(capture_stage(source, recipe, stages, examples), recipe, None, stages)
+    if out is not None:
+        with stages.stage("write", str(out)) as stage:
+            stage.bytes = _save(program, out)
+    return program
+
+
+def _save(program: Program, out: Path) -> int:
+    """Write a ``.pt2`` under a temporary name beside its place, then rename; return its bytes."""
+    needed = program.weight_bytes
+    require_space(out, needed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.pt2")
+    try:
+        with disk_full_as_error(out, needed):
+            program.save(temporary)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out.stat().st_size

@@ -1,0 +1,154 @@
+"""The fields of a recipe: every choice behind one run, as YAML.
+
+A command line is a recipe plus flags, and a flag wins over the file. The resolved recipe (every default filled in) is
+kept in the manifest, so that ``depthwire verify`` can capture and rewrite the same model again. Relative paths mean
+what they mean on the command line: they start from the current directory.
+
+This module imports neither torch nor a back end: a bad recipe is refused before anything slow starts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from depthwire.errors import UsageError
+
+Positive = Annotated[int, Field(gt=0)]
+FilePath = Annotated[Path, Field(strict=False)]
+
+_PARTITION = re.compile(r"full|(?:block|block-layers):[1-9][0-9]*")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _attn_res(value: str | None) -> str | None:
+    if value is None or value == "none":
+        return None
+    if _PARTITION.fullmatch(value) is None:
+        raise PydanticCustomError("attn_res", "'full', 'block:N' or 'block-layers:K' with N, K >= 1")
+    return value
+
+
+def _capability(value: object) -> object:
+    """Spell a compute capability as the targets do; YAML reads 8.6 as a number."""
+    from depthwire.runtime.target import parse_compute_capability
+
+    try:
+        return parse_compute_capability(f"{value:.1f}" if isinstance(value, float) else str(value))
+    except UsageError as error:
+        raise PydanticCustomError("compute_capability", "a compute capability such as SM86, sm_120 or 8.6") from error
+
+
+def _size(value: object) -> object:
+    """Read a number of bytes: an integer, or text such as ``4 GiB`` or ``512MB``."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    unit = "" if match is None else match[2].lower().removesuffix("b")
+    if match is None or unit not in _UNITS:
+        raise PydanticCustomError("size", "a number of bytes, such as 536870912, 512MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SourceOptions(_Strict):
+    """What to capture, and the static shapes to capture it with."""
+
+    reference: str | None = None
+    """A Hugging Face directory or cached id, ``package.module:factory`` or a ``.pt2`` file."""
+    task: Literal["causal-lm", "encoder", "vision"] | None = None
+    """How to run the model; detected from its configuration when absent."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Weights are cast to it; as stored when absent."""
+    revision: str | None = None
+    """Commit of a cached hub snapshot."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's directory."""
+    batch: Positive = 1
+    """Sequences (or images) per run."""
+    seq_len: Positive | None = None
+    """Tokens per sequence; the source's own default when absent."""
+    image_size: Positive | None = None
+    """Pixels per side of a vision model's input; the configuration's when absent."""
+
+
+class GoldenOptions(_Strict):
+    """Inputs that the original model is run on; its outputs travel with the artefact."""
+
+    count: Positive = 1
+    """Windows that are stored with their outputs."""
+    text: FilePath | None = None
+    """Text for the windows (causal LMs and encoders); random inputs when neither it nor ``inputs`` is given."""
+    inputs: FilePath | None = None
+    """``.safetensors`` or ``.npz`` with one array per input, stacked along a new first axis for several windows."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the random inputs."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> GoldenOptions:
+        if self.text is not None and self.inputs is not None:
+            raise PydanticCustomError("one_origin", "either 'text' or 'inputs', not both")
+        return self
+
+
+class VerifyOptions(_Strict):
+    """How the written model is compared with the original."""
+
+    enabled: bool = True
+    """Whether ``convert`` verifies."""
+    windows: Positive = 4
+    """Windows to compare on; the first ones are those of the goldens."""
+
+
+class BuildOptions(_Strict):
+    """How the engine is built."""
+
+    enabled: bool = True
+    """Whether ``convert`` builds an engine (targets that run the ONNX file itself have none)."""
+    compute_capabilities: list[Annotated[str, BeforeValidator(_capability)]] | None = None
+    """GPUs to build for (``SM86``, …); the target's own when absent."""
+    workspace: Annotated[Positive, BeforeValidator(_size)] | None = None
+    """Most scratch memory the engine may use, in bytes or as ``4GiB``; the builder's default when absent."""
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Builder effort, 0 to 5; the builder's default when absent."""
+    check_memory: bool = True
+    """Refuse a build that is predicted not to fit into memory."""
+
+
+class Recipe(_Strict):
+    """Everything that one run is made of."""
+
+    source: SourceOptions = SourceOptions()
+    attn_res: Annotated[str | None, AfterValidator(_attn_res)] = None
+    """How sublayers are grouped into depth sources: ``full``, ``block:N``, ``block-layers:K``; absent: no rewrite."""
+    correction: Literal["eps", "scale"] = "eps"
+    """How the lift keeps each norm's epsilon exact: divide eps by n², or scale the read by n."""
+    queries: FilePath | None = None
+    """``.safetensors`` with trained depth queries; zero when absent, which preserves the function."""
+    target: str = "ort-cpu"
+    """What the artefact is for; ``depthwire targets`` lists them."""
+    opset: Annotated[int, Field(ge=18)] | None = None
+    """ONNX opset; the target's when absent."""
+    goldens: GoldenOptions = GoldenOptions()
+    verify: VerifyOptions = VerifyOptions()
+    build: BuildOptions = BuildOptions()
+    out: FilePath | None = None
+    """Directory to write."""
+
+    @model_validator(mode="after")
+    def _queries_need_lift(self) -> Recipe:
+        if self.queries is not None and self.attn_res is None:
+            raise PydanticCustomError("queries_need_lift", "'attn_res' as well: queries belong to AttnRes reads")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe as JSON-ready values, every default filled in."""
+        return self.model_dump(mode="json")

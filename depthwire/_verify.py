@@ -1,0 +1,184 @@
+"""``verify``: the artefact against the source it names, captured and rewritten again as its recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from depthwire import _flow
+from depthwire._results import VerificationError
+from depthwire.artifact import MANIFEST, Artifact
+from depthwire.errors import CaptureError, DepthwireError, ExportError, UsageError
+from depthwire.recipe import make_recipe
+from depthwire.report import make_report, write_report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from depthwire._flow import Model, Window
+    from depthwire.program import Program
+    from depthwire.recipe import Recipe
+    from depthwire.runtime.target import Target
+    from depthwire.runtime.verify_report import PairResult, VerifyReport
+    from depthwire.stages import Stages
+
+
+def verify(
+    directory: Path, source: Model | None, options: Mapping[str, object], stages: Stages, *, goldens_only: bool
+) -> VerifyReport:
+    """See ``depthwire.api.verify``."""
+    given = [name for name, value in options.items() if value is not None]
+    if goldens_only and (given or source is not None):
+        raise UsageError(
+            "verify.goldens-only",
+            "The goldens bring their own inputs and outputs",
+            at="--goldens-only",
+            want="no other option",
+            got=", ".join([*(["source"] if source is not None else []), *given]),
+            todo="Leave --goldens-only away to compare with the source model.",
+        )
+    with stages.stage("load", str(directory)) as stage:
+        artifact = Artifact.load(directory)
+        stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
+    original = rewritten = None
+    windows: Sequence[Window] = []
+    if not goldens_only:
+        recipe = _recipe(artifact, options)
+        original = _capture_again(artifact, source, recipe, stages)
+        rewritten, _ = _flow.rewrite_stage(original, recipe, _target(recipe), stages)
+        windows = _flow.make_windows(original, recipe, recipe.verify.windows)
+    failure: DepthwireError | None = None
+    try:
+        report = verify_stage(artifact, original, rewritten, windows, stages)
+    except VerificationError as error:
+        report, failure = error.report, error
+    write_report(artifact, make_report(artifact, stages, verify=report.as_dict(), failure=failure))
+    if failure is not None:
+        raise failure
+    return report
+
+
+def verify_stage(
+    artifact: Artifact,
+    original: Program | None,
+    rewritten: Program | None,
+    windows: Sequence[Window],
+    stages: Stages,
+) -> VerifyReport:
+    """Compare.
+
+    Raises:
+        VerificationError: They differ.
+    """
+    with stages.stage("verify") as stage:
+        from depthwire.runtime.verify import verify as compare
+
+        report = compare(artifact, original=original, rewritten=rewritten, windows=windows, progress=stage.update)
+        stage.detail = f"{report.windows} windows, {len(report.comparisons)} comparisons"
+        if not report.passed:
+            raise _failure(artifact, report)
+        return report
+
+
+def _recipe(artifact: Artifact, options: Mapping[str, object]) -> Recipe:
+    """Return the recorded recipe with the options applied; new inputs replace recorded text and vice versa."""
+    recorded = _flow.recorded_recipe(artifact)
+    if options.get("text") is not None or options.get("inputs") is not None:
+        cleared = recorded.goldens.model_copy(update={"text": None, "inputs": None})
+        recorded = recorded.model_copy(update={"goldens": cleared})
+    return make_recipe(options, base=recorded)
+
+
+def _target(recipe: Recipe) -> Target:
+    from depthwire.runtime.target import load_target
+
+    return load_target(recipe.target)
+
+
+def _capture_again(artifact: Artifact, source: Model | None, recipe: Recipe, stages: Stages) -> Program:
+    recorded = artifact.manifest.source
+    if source is None and recorded.kind == "module":
+        raise ExportError(
+            "verify.no-source",
+            "The artefact was made from a module that lived in Python",
+            at=str(artifact.root / MANIFEST),
+            want="the module itself",
+            got=recorded.model or recorded.reference,
+            todo="Call depthwire.verify(directory, source=module), or compare with the stored outputs: --goldens-only.",
+        )
+    named = source if source is not None else recorded.reference
+    try:
+        program = _flow.capture_stage(named, recipe, stages)
+    except CaptureError as error:
+        raise ExportError(
+            "verify.source-missing",
+            "The model that was converted cannot be captured again",
+            at=str(named) if isinstance(named, (str, Path)) else recorded.reference,
+            want="the source that the manifest names",
+            got=f"{error.what} [{error.code}]",
+            todo="Say where it lies now with --source, or compare with the stored outputs alone: --goldens-only.",
+        ) from error
+    _require_same_files(recorded.sha256, program)
+    return program
+
+
+def _require_same_files(recorded: Mapping[str, str], program: Program) -> None:
+    found = program.source.sha256
+    changed = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
+    if not changed:
+        return
+    name = changed[0]
+    raise ExportError(
+        "verify.source-changed",
+        "The source is not the model that was converted",
+        at=f"{program.source.reference}: {', '.join(changed)}",
+        want=f"{name} with sha256 {recorded[name][:16]}…" if name in recorded else f"no file {name}",
+        got=f"sha256 {found[name][:16]}…" if name in found else "no such file",
+        todo="Give the model that was converted with --source, or convert this one.",
+    )
+
+
+def _failure(artifact: Artifact, report: VerifyReport) -> VerificationError:
+    failed = next(pair for pair in report.comparisons if not pair)
+    divergence = report.first_divergence
+    first = None if divergence is None else divergence.first
+    at = f"outputs, {failed.expected} -> {failed.actual}"
+    want, got = _numbers(failed)
+    if first is not None:
+        point = first.checkpoint
+        at = f"layer {point.layer}, {point.module} ({point.role} {point.value}), step {first.pair}"
+        stats = first.result.stats
+        if stats is not None and first.result.allowed is not None:
+            want, got = f"max|d| <= {first.result.allowed:.2e} there", f"max|d| {stats.max_abs:.2e} there; {got}"
+    elif divergence is not None:
+        got = f"{got}; {divergence.note}"
+    error = VerificationError(
+        "verify.parity",
+        "The compiled model does not compute what the original computes",
+        at=at,
+        want=want,
+        got=got,
+        todo=f"Do not use {artifact.root}. Its report.html holds all numbers; repeat with: {report.polygraphy}",
+    )
+    error.report = report
+    return error
+
+
+def _numbers(pair: PairResult) -> tuple[str, str]:
+    """Return what was wanted and found of a failed pair, from its first failed window."""
+    if pair.problems or pair.first_failed is None:
+        return "every window of every runner", "; ".join(pair.problems) or "no window"
+    window = pair.windows[pair.first_failed]
+    where = f"window {pair.first_failed}"
+    for result in window.tensors.tensors:
+        if result.problem is not None:
+            return f"{result.name} that can be compared", f"{where}: {result.problem}"
+        if not result and result.stats is not None and result.allowed is not None:
+            return (
+                f"{result.name} max|d| <= {result.allowed:.2e}",
+                f"{where}: {result.name} max|d| {result.stats.max_abs:.2e}",
+            )
+    for name, tokens in window.top1.items():
+        if not tokens:
+            return f"the same top-1 token of {name}", f"{where}: {tokens.flips} of {tokens.positions} positions differ"
+    return "the same likelihood", f"{where}: {window.nll.difference:+.2e} nats" if window.nll else where

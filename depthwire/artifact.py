@@ -1,0 +1,260 @@
+"""The artefact: a directory that describes, and can prove, itself.
+
+::
+
+    out/
+      model.onnx  model.onnx.data     the graph and its weights (external data)
+      goldens.safetensors             example inputs and the original model's outputs
+      manifest.json                   this module's ``Manifest``; names and hashes every other file
+      report.json  report.html        stages, parity, engine facts
+      verify/…  engine/<target>/…     written by ``verify`` and ``build``
+
+Reading checks every hash and says which file differs. Paths inside are relative and may not leave the directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from depthwire.errors import ExportError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx.data"
+GOLDENS = "goldens.safetensors"
+REPORT = "report.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=False)
+
+
+class FileEntry(_Strict):
+    """Size in bytes and hash of one file of the artefact."""
+
+    bytes: int
+    sha256: str
+
+
+class TensorInfo(_Strict):
+    """Name, static shape and dtype (numpy spelling; ``bfloat16`` for bf16) of a graph input or output."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+
+
+class SourceInfo(_Strict):
+    """``depthwire.program.Source`` as it stands in the manifest."""
+
+    kind: str
+    reference: str
+    revision: str | None = None
+    sha256: dict[str, str] = Field(default_factory=dict)
+    task: str | None = None
+    model: str | None = None
+
+
+class Checkpoint(_Strict):
+    """A value that the original, the rewritten and the ONNX graph share by name: where layers are compared.
+
+    Attributes:
+        value: FX node name, equal to the ONNX value name.
+        layer: Position in the residual stream: 0 is the first sublayer; the final reader comes last.
+        role: ``norm`` (the input of a sublayer, after its norm) or ``write`` (its output).
+        module: Module path in the source model.
+    """
+
+    value: str
+    layer: int
+    role: str
+    module: str
+
+
+class PassInfo(_Strict):
+    """What one pass did."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    rewrites: int = 0
+    declines: list[dict[str, str]] = Field(default_factory=list)
+    seconds: float = 0.0
+
+
+class CustomOp(_Strict):
+    """One custom op of the graph: number of nodes and whether a function body travels with the file."""
+
+    count: int
+    body: bool
+
+
+class EngineInfo(_Strict):
+    """Facts of one built engine, as far as its builder tells."""
+
+    target: str
+    builder: str
+    version: str
+    file: str
+    compute_capabilities: list[str]
+    bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    predicted_rss_bytes: int | None = None
+    layers: dict[str, int] = Field(default_factory=dict)
+    dtypes: dict[str, int] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+
+class Manifest(_Strict):
+    """Everything a reader needs to trust, rebuild or refuse the artefact."""
+
+    schema_version: int = SCHEMA_VERSION
+    depthwire: str
+    created: str
+    source: SourceInfo
+    recipe: dict[str, Any]
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    opsets: dict[str, int]
+    ops: dict[str, int] = Field(default_factory=dict)
+    custom_ops: dict[str, CustomOp] = Field(default_factory=dict)
+    dtypes: dict[str, int] = Field(default_factory=dict)
+    weight_bytes: int = 0
+    passes: list[PassInfo] = Field(default_factory=list)
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
+    tools: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    engines: dict[str, EngineInfo] = Field(default_factory=dict)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hex, read in chunks of 8 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Artifact:
+    """An artefact directory on disk with its manifest."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        """Hold a directory and its manifest; ``load`` is the checked way in."""
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, root: str | Path, *, check_hashes: bool = True) -> Artifact:
+        """Read an artefact and check it.
+
+        Args:
+            root: The directory.
+            check_hashes: Hash every listed file (about 1 s per GB); the command line always does.
+
+        Raises:
+            ExportError: Not an artefact, written by another schema, a file missing, added in its place or changed.
+        """
+        root = Path(root)
+        path = root / MANIFEST
+        if not path.is_file():
+            raise ExportError(
+                "artifact.not-an-artifact",
+                "This directory is not a Depthwire artefact",
+                at=str(root),
+                want=f"a directory with {MANIFEST}",
+                got="no such directory" if not root.exists() else f"no {MANIFEST} in it",
+                todo="Give the directory that 'depthwire convert -o' wrote.",
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            manifest = Manifest.model_validate(raw)
+        except (ValueError, ValidationError) as error:
+            raise ExportError(
+                "artifact.bad-manifest",
+                "The manifest cannot be read",
+                at=str(path),
+                want=f"a manifest of schema version {SCHEMA_VERSION}",
+                got=str(error).splitlines()[0],
+                todo="Convert the model again with this version of Depthwire.",
+            ) from error
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise ExportError(
+                "artifact.schema-version",
+                "The artefact was written by another version of Depthwire",
+                at=str(path),
+                want=f"schema_version {SCHEMA_VERSION}",
+                got=f"schema_version {manifest.schema_version} (depthwire {manifest.depthwire})",
+                todo="Convert the model again, or use the version that wrote it.",
+            )
+        artifact = cls(root, manifest)
+        artifact._check_files(check_hashes=check_hashes)
+        return artifact
+
+    def path(self, name: str) -> Path:
+        """Return the path of a member; refuses names that leave the directory."""
+        pure = PurePosixPath(name)
+        inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
+        target = self.root / pure
+        if not inside or not target.resolve().is_relative_to(self.root.resolve()):
+            raise ExportError(
+                "artifact.path-outside",
+                "The manifest names a file outside the artefact",
+                at=str(self.root / MANIFEST),
+                want="relative paths inside the directory",
+                got=name,
+                todo="Do not use this artefact: it was tampered with.",
+            )
+        return target
+
+    @property
+    def model(self) -> Path:
+        """Path of ``model.onnx``."""
+        return self.path(MODEL)
+
+    def _check_files(self, *, check_hashes: bool) -> None:
+        for name, entry in self.manifest.files.items():
+            path = self.path(name)
+            if not path.is_file():
+                raise ExportError(
+                    "artifact.file-missing",
+                    "A file of the artefact is missing",
+                    at=str(path),
+                    want=f"{entry.bytes} bytes, sha256 {entry.sha256[:16]}…",
+                    got="nothing",
+                    todo="Copy the artefact again, whole, or convert again.",
+                )
+            size = path.stat().st_size
+            found = f"{size} bytes"
+            same = size == entry.bytes
+            if same and check_hashes:
+                digest = sha256_file(path)
+                same, found = digest == entry.sha256, f"sha256 {digest[:16]}…"
+            if not same:
+                raise ExportError(
+                    "artifact.hash-mismatch",
+                    "A file of the artefact is not what the manifest says",
+                    at=str(path),
+                    want=f"{entry.bytes} bytes, sha256 {entry.sha256[:16]}…",
+                    got=found,
+                    todo="Copy the artefact again, or convert again; do not use it as it is.",
+                )
+
+    def add_file(self, name: str) -> None:
+        """Hash a member that was just written and list it in the manifest (``write_manifest`` makes it durable)."""
+        path = self.path(name)
+        self.manifest.files[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+    def write_manifest(self) -> None:
+        """Write ``manifest.json`` atomically (temporary sibling, then rename)."""
+        path = self.root / MANIFEST
+        temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
+        temporary.write_text(self.manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)

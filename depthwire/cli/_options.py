@@ -1,0 +1,137 @@
+"""Options that several verbs share, in groups; their names are those of ``depthwire.recipe.OPTIONS``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from depthwire.recipe import Recipe
+
+F = TypeVar("F", bound="Callable[..., Any]")
+FILE = click.Path(path_type=Path)
+
+
+def _group(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def source_argument(*, required: bool) -> Callable[[F], F]:
+    """Return the SOURCE argument."""
+    return click.argument("source", required=required)
+
+
+def source_options(function: F) -> F:
+    """Add what decides how a model is captured."""
+    return _group(
+        [
+            click.option("--task", type=click.Choice(["causal-lm", "encoder", "vision"]), help="Detected when absent."),
+            click.option("--batch", type=int, help="Sequences or images per run (default 1)."),
+            click.option("--seq-len", type=int, help="Tokens per sequence."),
+            click.option("--image-size", type=int, help="Pixels per side of a vision model's input."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["fp32", "bf16", "fp16"]),
+                help="Cast the weights; as stored when absent.",
+            ),
+            click.option("--revision", help="Commit of a cached hub snapshot."),
+            click.option(
+                "--trust-remote-code",
+                is_flag=True,
+                default=None,
+                help="Run Python code that lies in the model's directory.",
+            ),
+        ]
+    )(function)
+
+
+def lift_options(function: F) -> F:
+    """Add what decides the rewrite."""
+    return _group(
+        [
+            click.option("--attn-res", metavar="full|block:N|block-layers:K", help="Lift the residual stream."),
+            click.option("--queries", type=FILE, help="Trained depth queries (.safetensors); zero when absent."),
+            click.option(
+                "--correction",
+                type=click.Choice(["eps", "scale"]),
+                help="Keep the norms exact by eps/n² (default) or by scaling the read.",
+            ),
+        ]
+    )(function)
+
+
+def window_options(function: F) -> F:
+    """Add what decides the inputs that models are compared on."""
+    return _group(
+        [
+            click.option("--text", type=FILE, help="Text to compare on; random inputs when absent."),
+            click.option("--inputs", type=FILE, help="Inputs to compare on (.safetensors or .npz)."),
+            click.option("--windows", type=int, help="Windows to compare on (default 4)."),
+        ]
+    )(function)
+
+
+def engine_options(function: F) -> F:
+    """Add what decides the engine."""
+    return _group(
+        [
+            click.option(
+                "--cc",
+                "compute_capabilities",
+                multiple=True,
+                metavar="SM86",
+                help="Compute capability to build for; repeat for several.",
+            ),
+            click.option("--workspace", metavar="SIZE", help="Most scratch memory of the engine, such as 4GiB."),
+            click.option("--optimization-level", type=int, help="Builder effort, 0 to 5."),
+            click.option(
+                "--force-build",
+                "check_memory",
+                flag_value=False,
+                default=None,
+                help="Build even if the memory is predicted not to suffice.",
+            ),
+        ]
+    )(function)
+
+
+def target_options(function: F) -> F:
+    """Add the target and the opset."""
+    return _group(
+        [
+            click.option(
+                "--target", metavar="NAME", help="What to build for (default ort-cpu); see 'depthwire targets'."
+            ),
+            click.option("--opset", type=int, help="ONNX opset; the target's when absent."),
+        ]
+    )(function)
+
+
+def recipe_options(function: F) -> F:
+    """Add the recipe file in and out."""
+    return _group(
+        [
+            click.option("--recipe", type=FILE, help="Start from this YAML recipe; options win over it."),
+            click.option("--save-recipe", type=FILE, help="Write the resolved recipe here."),
+        ]
+    )(function)
+
+
+def resolve(options: Mapping[str, object], *, recipe: Path | None, save_recipe: Path | None = None) -> Recipe:
+    """Combine the options with the recipe file, and save the result when asked to."""
+    from depthwire.recipe import dump_recipe, make_recipe
+
+    given = {name: list(value) or None if isinstance(value, tuple) else value for name, value in options.items()}
+    resolved = make_recipe(given, file=recipe, flags=True)
+    if save_recipe is not None:
+        dump_recipe(resolved, save_recipe)
+    return resolved

@@ -1,0 +1,121 @@
+"""The value that every stage hands to the next: a captured model that remembers where it came from.
+
+A ``Program`` wraps one ``torch.export.ExportedProgram`` together with its source, example inputs and the record of
+the passes that have run. It is never changed in place: a pass returns a new one. (Several graphs over one set of
+weights, such as prefill and decode, will live here as further ``ExportedProgram`` values beside ``exported``.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.export.graph_signature import InputKind, OutputKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch.export import ExportedProgram
+
+SourceKind = Literal["huggingface", "gguf", "factory", "pt2", "module"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a program came from, in enough detail to capture it again.
+
+    Attributes:
+        kind: Which loader produced it.
+        reference: What the user named: a directory, a hub id, ``package.module:factory``, a file, or a class name.
+        revision: Commit of a hub snapshot, or ``None``.
+        sha256: Hash of each file that determined the model (relative name -> hex), empty where there is no file.
+        task: ``causal-lm``, ``encoder``, ``vision`` or ``None`` for a plain module.
+        model: Class name of the model, as a label.
+    """
+
+    kind: SourceKind
+    reference: str
+    revision: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    task: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: its name, its options, how often it rewrote, and why it declined elsewhere."""
+
+    name: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    rewrites: int = 0
+    declines: tuple[Mapping[str, str], ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model with static shapes.
+
+    Attributes:
+        exported: The functional graph, its signature, weights and constants.
+        source: Where it came from.
+        example_inputs: One example per user input, in the order of the graph's inputs; fixes shapes and dtypes.
+        output_names: One name per output, in order; these become the names of the ONNX outputs.
+        history: The passes that have run.
+    """
+
+    exported: ExportedProgram
+    source: Source
+    example_inputs: Mapping[str, torch.Tensor]
+    output_names: tuple[str, ...]
+    history: tuple[PassRecord, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the user inputs, in order; equal to the placeholder names in the graph."""
+        specs = self.exported.graph_signature.input_specs
+        return tuple(s.arg.name for s in specs if s.kind is InputKind.USER_INPUT)
+
+    @property
+    def output_nodes(self) -> tuple[str, ...]:
+        """Names of the FX nodes that are the outputs, in order."""
+        specs = self.exported.graph_signature.output_specs
+        return tuple(s.arg.name for s in specs if s.kind is OutputKind.USER_OUTPUT)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, counting tied (shared) storage once."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in self.exported.state_dict.values()
+            if isinstance(t, torch.Tensor)
+        }
+        return sum(storages.values())
+
+    def module(self) -> torch.nn.Module:
+        """Return the program as a trainable ``nn.Module`` that shares its weights (lifted queries are parameters)."""
+        return self.exported.module()
+
+    def replace(self, **changes: object) -> Program:
+        """Return a copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def with_state(self, state_dict: Mapping[str, torch.Tensor]) -> Program:
+        """Return the program with new weights, such as those of a fine-tuned ``module()``.
+
+        Args:
+            state_dict: Same keys and shapes as ``exported.state_dict``; buffers that are not persistent may be absent.
+
+        Raises:
+            CaptureError: A key is missing or extra, or a shape differs.
+        """
+        from depthwire._state import replace_state
+
+        return self.replace(exported=replace_state(self.exported, state_dict))
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.pt2`` file that ``torch.export.load`` and ``depthwire convert`` both read."""
+        torch.export.save(self.exported, str(path))

@@ -1,0 +1,186 @@
+"""Writes an artefact: into a temporary sibling, checked there, and renamed when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import os
+import shutil
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from depthwire.artifact import (
+    GOLDENS,
+    MODEL,
+    WEIGHTS,
+    Artifact,
+    CustomOp,
+    FileEntry,
+    Manifest,
+    PassInfo,
+    SourceInfo,
+    TensorInfo,
+)
+from depthwire.errors import ExportError
+from depthwire.export._external_data import inline_small, write_external_data
+from depthwire.export.checkpoints import checkpoints
+from depthwire.export.ops import DOMAIN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+    from depthwire.export.goldens import Goldens
+    from depthwire.program import Program
+
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "transformers", "numpy", "safetensors")
+
+
+def write_artifact(
+    out: Path,
+    *,
+    original: Program,
+    rewritten: Program,
+    model: ir.Model,
+    goldens: Goldens,
+    recipe: dict[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write ``model.onnx``, its weights, the goldens and the manifest.
+
+    Args:
+        out: The directory; an existing one is replaced (whether it may be is the caller's question).
+        original: The captured program.
+        rewritten: The program that ``model`` was translated from.
+        model: Its initializers point at the weights file afterwards.
+        goldens: Example inputs and the original's outputs.
+        recipe: The resolved recipe.
+        progress: Called with (bytes written, bytes in all) while the weights are written.
+
+    Raises:
+        ExportError: ``onnx.checker`` refuses the file.
+        OSError: The disk is full or the place cannot be written; nothing is left behind.
+    """
+    with _temporary_sibling(out) as root:
+        sha256, size = write_external_data(model, root / WEIGHTS, progress)
+        inline_small(model)
+        _save_graph(model, root / MODEL)
+        _check(root / MODEL)
+        goldens.save(root / GOLDENS)
+        manifest = _manifest(original, rewritten, model, recipe)
+        artifact = Artifact(root, manifest)
+        manifest.files[WEIGHTS] = FileEntry(bytes=size, sha256=sha256)
+        artifact.add_file(MODEL)
+        artifact.add_file(GOLDENS)
+        artifact.write_manifest()
+        _replace(root, out)
+    return Artifact(out, manifest)
+
+
+@contextlib.contextmanager
+def _temporary_sibling(out: Path) -> Iterator[Path]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    root = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _replace(root: Path, out: Path) -> None:
+    """Rename the finished directory into place; an old artefact is moved aside first and deleted last."""
+    if not out.exists():
+        root.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        root.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_graph(model: ir.Model, path: Path) -> None:
+    import onnx_ir as ir
+
+    model.producer_name, model.producer_version = "depthwire", _version("depthwire")
+    ir.save(model, path)
+
+
+def _check(path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            "export.checker",
+            "The ONNX checker refuses the exported model",
+            at=path.name,
+            want="a model that passes onnx.checker with full_check",
+            got=str(error).strip().splitlines()[0],
+            todo="Report this with the model's configuration.",
+        ) from error
+
+
+def _manifest(original: Program, rewritten: Program, model: ir.Model, recipe: dict[str, Any]) -> Manifest:
+    from depthwire.passes.standard import canonical_pipeline
+
+    source = dataclasses.asdict(original.source)
+    nodes = Counter(node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in model.graph)
+    bodies = {f"{function.domain}::{function.name}" for function in model.functions.values()}
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return Manifest(
+        depthwire=_version("depthwire"),
+        created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        source=SourceInfo(**source),
+        recipe=recipe,
+        inputs=[_tensor_info(value) for value in model.graph.inputs],
+        outputs=[_tensor_info(value) for value in model.graph.outputs],
+        opsets=dict(model.graph.opset_imports),
+        ops=dict(sorted(nodes.items())),
+        custom_ops={
+            name: CustomOp(count=count, body=name in bodies)
+            for name, count in sorted(nodes.items())
+            if name.startswith(f"{DOMAIN}::")
+        },
+        dtypes=dict(Counter(_dtype_name(tensor.dtype) for tensor in weights)),
+        weight_bytes=rewritten.weight_bytes,
+        passes=[
+            PassInfo(
+                name=record.name,
+                options=dict(record.options),
+                rewrites=record.rewrites,
+                declines=[dict(decline) for decline in record.declines],
+                seconds=round(record.seconds, 3),
+            )
+            for record in rewritten.history
+        ],
+        checkpoints=checkpoints(canonical_pipeline(verify=False).run(original)),
+        tools={name: _version(name) for name in _TOOLS if _version(name)},
+    )
+
+
+def _tensor_info(value: ir.Value) -> TensorInfo:
+    if value.shape is None or value.dtype is None or value.name is None:
+        raise ValueError(f"{value.name} has no static shape")
+    return TensorInfo(name=value.name, shape=[int(dim) for dim in value.shape], dtype=_dtype_name(value.dtype))  # type: ignore[arg-type]
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    return str(dtype.numpy())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,227 @@
+"""``GraphEditor``: the only way in which passes change a graph.
+
+It works on a copy, copies provenance onto every node it makes, stamps the pass's name, recomputes ``meta["val"]`` with
+fake tensors, and keeps the graph signature, the parameters and the constants in step with the placeholders.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.fx.node import map_arg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from depthwire.program import Program
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn", "from_node")
+STAMP = "depthwire.pass"
+
+
+class GraphEditor:
+    """A copy of a program's graph, open for changes; ``finish`` closes it into a new program.
+
+    Attributes:
+        graph: The copy. Read it freely; change it only through the editor.
+    """
+
+    def __init__(self, program: Program, pass_name: str) -> None:
+        """Copy the graph (weights are shared, never copied)."""
+        exported = program.exported
+        self._program = program
+        self._pass_name = pass_name
+        self._source = exported
+        self.graph = torch.fx.Graph()
+        self._copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        output = self.graph.graph_copy(exported.graph, self._copies)
+        old_output = next(iter(reversed(exported.graph.nodes)))
+        new_output = self.graph.output(output)
+        new_output.meta = dict(old_output.meta)
+        self._input_specs: list[InputSpec] = list(exported.graph_signature.input_specs)
+        self._state = dict(exported.state_dict)
+        self._constants = dict(exported.constants)
+        self._fake_mode = fake_mode_of(exported.graph)
+
+    def copy_of(self, node: torch.fx.Node) -> torch.fx.Node:
+        """Return the copy of a node of the original graph."""
+        return self._copies[node]
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        before: torch.fx.Node,
+        like: torch.fx.Node,
+        name: str | None = None,
+    ) -> torch.fx.Node:
+        """Insert a call.
+
+        Args:
+            target: The operator.
+            args: Positional arguments; nodes of ``graph`` or literals.
+            kwargs: Keyword arguments.
+            before: Where to insert.
+            like: The node whose provenance the new one takes.
+            name: Wanted node name; made unique by FX.
+        """
+        with self.graph.inserting_before(before):
+            name = name or getattr(target, "_opname", None)
+            node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), name=name)
+        self._stamp(node, like)
+        node.meta["val"] = self.fake_value(node)
+        return node
+
+    def replace(self, old: torch.fx.Node, new: torch.fx.Node, *, keep_name: bool = False) -> None:
+        """Let every user of ``old`` read ``new``; ``old`` disappears at ``finish`` if nothing else needs it.
+
+        Args:
+            old: The node that is replaced.
+            new: What stands in its place.
+            keep_name: Give ``new`` the name of ``old``: for a node that computes the same value in another way, so
+                that values can be compared by name across the stages.
+        """
+        old.replace_all_uses_with(new)
+        if keep_name:
+            name = old.name
+            self.graph.erase_node(old)
+            new.name = name
+
+    def reroute(self, user: torch.fx.Node, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        """Let one user read ``new`` in place of ``old``."""
+        user.replace_input_with(old, new)
+
+    def set_arg(self, node: torch.fx.Node, index: int | str, value: Any) -> None:
+        """Change one argument (by position, or by keyword) and recompute the node's value."""
+        if isinstance(index, int):
+            node.update_arg(index, value)
+        else:
+            node.update_kwarg(index, value)
+        self._stamp(node, node)
+        node.meta["val"] = self.fake_value(node)
+
+    def add_parameter(self, fqn: str, tensor: torch.Tensor) -> torch.fx.Node:
+        """Add a trainable parameter and return its placeholder."""
+        self._state[fqn] = torch.nn.Parameter(tensor)
+        return self._add_input(InputKind.PARAMETER, "p_", fqn, self._state[fqn])
+
+    def set_parameter(self, fqn: str, tensor: torch.Tensor) -> None:
+        """Replace the values of a parameter that this editor added; shape and dtype stay."""
+        old = self._state[fqn]
+        if old.shape != tensor.shape:
+            raise ValueError(f"{fqn}: {list(tensor.shape)} does not fit {list(old.shape)}")
+        self._state[fqn] = torch.nn.Parameter(tensor.to(old.dtype))
+
+    def add_constant(self, fqn: str, tensor: torch.Tensor) -> torch.fx.Node:
+        """Add a constant tensor and return its placeholder."""
+        self._constants[fqn] = tensor
+        return self._add_input(InputKind.CONSTANT_TENSOR, "c_", fqn, tensor)
+
+    def free_constant_name(self, stem: str) -> str:
+        """Return ``stem_N`` with the smallest N that no weight or constant has yet."""
+        number = 0
+        while f"{stem}_{number}" in self._constants or f"{stem}_{number}" in self._state:
+            number += 1
+        return f"{stem}_{number}"
+
+    def fake_value(self, node: torch.fx.Node) -> Any:
+        """Compute the shape and dtype of a node from those of its inputs."""
+        return fake_call(node, self._fake_mode)
+
+    def finish(self) -> Program:
+        """Drop dead code, check the graph and return the new program."""
+        self._remove_dead_code()
+        self.graph.lint()
+        module = torch.fx.GraphModule(self._source.graph_module, self.graph)
+        signature = ExportGraphSignature(
+            input_specs=self._input_specs,
+            output_specs=copy.deepcopy(list(self._source.graph_signature.output_specs)),
+        )
+        self._sync_outputs(signature)
+        exported = torch.export.ExportedProgram(
+            root=module,
+            graph=module.graph,
+            graph_signature=signature,
+            state_dict=self._state,
+            range_constraints=dict(self._source.range_constraints),
+            module_call_graph=list(self._source.module_call_graph),
+            example_inputs=self._source.example_inputs,
+            constants=self._constants,
+            verifiers=self._source.verifiers,
+        )
+        return self._program.replace(exported=exported)
+
+    def _stamp(self, node: torch.fx.Node, like: torch.fx.Node) -> None:
+        for key in _PROVENANCE:
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        node.meta["custom"] = {**(like.meta.get("custom") or {}), STAMP: self._pass_name}
+
+    def _add_input(self, kind: InputKind, prefix: str, fqn: str, tensor: torch.Tensor) -> torch.fx.Node:
+        anchor = self._insertion_point(kind)
+        name = prefix + fqn.replace(".", "_")
+        with self.graph.inserting_before(anchor):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = self._fake_mode.from_tensor(tensor, static_shapes=True)
+        node.meta["custom"] = {STAMP: self._pass_name}
+        position = [n.name for n in self.graph.nodes if n.op == "placeholder"].index(node.name)
+        self._input_specs.insert(position, InputSpec(kind, TensorArgument(node.name), fqn, None))
+        return node
+
+    def _insertion_point(self, kind: InputKind) -> torch.fx.Node:
+        """Parameters go behind the last parameter, constants before the first user input."""
+        placeholders: list[torch.fx.Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
+        after_placeholders: torch.fx.Node = placeholders[-1].next if placeholders else next(iter(self.graph.nodes))
+        for node, spec in zip(placeholders, self._input_specs, strict=True):
+            stop = spec.kind is not InputKind.PARAMETER if kind is InputKind.PARAMETER else _is_user(spec)
+            if stop:
+                return node
+        return after_placeholders
+
+    def _sync_outputs(self, signature: ExportGraphSignature) -> None:
+        output = next(iter(reversed(self.graph.nodes)))
+        values = output.args[0]
+        for spec, value in zip(signature.output_specs, values, strict=True):
+            if isinstance(value, torch.fx.Node):
+                spec.arg.name = value.name
+
+    def _remove_dead_code(self) -> None:
+        """Unlike FX's own, this keeps unused user inputs and drops unused weights that a pass left behind."""
+        self.graph.eliminate_dead_code()
+        specs = dict(zip([n for n in self.graph.nodes if n.op == "placeholder"], self._input_specs, strict=True))
+        for node, spec in specs.items():
+            if spec.kind is InputKind.CONSTANT_TENSOR and not node.users:
+                self.graph.erase_node(node)
+                self._input_specs.remove(spec)
+                self._constants.pop(str(spec.target), None)
+
+
+def _is_user(spec: InputSpec) -> bool:
+    return spec.kind is InputKind.USER_INPUT
+
+
+def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
+    """Return the fake-tensor mode that a graph's recorded values belong to."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_call(node: torch.fx.Node, mode: FakeTensorMode) -> Any:
+    """Evaluate one call on the recorded values of its inputs."""
+
+    def value_of(argument: torch.fx.Node) -> Any:
+        return argument.meta["val"]
+
+    args = map_arg(node.args, value_of)
+    kwargs = map_arg(node.kwargs, value_of)
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]

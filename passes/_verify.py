@@ -1,0 +1,129 @@
+"""The checks around every pass. ``graph.lint()`` alone accepts nodes without a shape, so these do more.
+
+* The structural hash changed if and only if the pass reports rewrites.
+* Every node whose operator, arguments or inputs changed is evaluated again on fake tensors; the recorded dtype and
+  shape must be what comes out. (Unchanged nodes with unchanged inputs were checked before: induction.)
+* User inputs keep their names, shapes and dtypes, outputs their number, shapes and dtypes, weights their shapes;
+  parameters and constants appear only where declared.
+* Every new node carries the pass's stamp, and provenance from some module.
+* The pass's own promise (``ensures``) holds for the result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.export.graph_signature import InputKind
+
+from depthwire.errors import InternalError
+from depthwire.ir_text import structural_hash, type_text
+from depthwire.passes._edit import STAMP, fake_call, fake_mode_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from depthwire.passes._base import Pass, PassResult
+    from depthwire.program import Program
+
+
+def verify_pass(step: Pass, before: Program, result: PassResult) -> None:
+    """Check one pass's result.
+
+    Raises:
+        InternalError: The pass broke its contract; names the pass and everything that is wrong.
+    """
+    after = result.program
+    wrong = [
+        *_check_report(before, result),
+        *_check_signature(step, before, after),
+        *_check_values(before, after),
+        *_check_provenance(before, after),
+        *step.ensures(after),
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise InternalError(
+            "pass.contract-broken",
+            f"The pass {step.name} produced a graph that breaks its contract",
+            at=step.name,
+            want="a graph that passes the checks between passes",
+            got="; ".join(wrong[:3]) + more,
+            todo="Report this with the model's configuration; 'depthwire inspect' still works.",
+        )
+
+
+def _check_report(before: Program, result: PassResult) -> list[str]:
+    changed = structural_hash(before.exported) != structural_hash(result.program.exported)
+    if changed == (result.rewrites > 0):
+        return []
+    return [f"reports {result.rewrites} rewrites, but the graph {'changed' if changed else 'did not change'}"]
+
+
+def _interface(program: Program, kind: InputKind) -> dict[str, str]:
+    values = {node.name: node.meta.get("val") for node in program.exported.graph.nodes}
+    specs = program.exported.graph_signature.input_specs
+    return {str(s.target or s.arg.name): type_text(values[s.arg.name]) for s in specs if s.kind is kind}
+
+
+def _outputs(program: Program) -> list[str]:
+    values = {node.name: node.meta.get("val") for node in program.exported.graph.nodes}
+    return [type_text(values[name]) for name in program.output_nodes]
+
+
+def _check_signature(step: Pass, before: Program, after: Program) -> list[str]:
+    wrong = []
+    if _interface(before, InputKind.USER_INPUT) != _interface(after, InputKind.USER_INPUT):
+        wrong.append("the user inputs changed")
+    if _outputs(before) != _outputs(after):
+        wrong.append("the outputs changed")
+    added = {
+        InputKind.PARAMETER: step.adds_parameters,
+        InputKind.BUFFER: False,
+        InputKind.CONSTANT_TENSOR: step.adds_constants,
+    }
+    for kind, allowed in added.items():
+        old, new = _interface(before, kind), _interface(after, kind)
+        name = kind.name.lower().replace("_", " ")
+        if not allowed and set(new) - set(old):
+            wrong.append(f"undeclared {name}: {', '.join(sorted(set(new) - set(old)))}")
+        wrong += [f"the {name} {key} became {new[key]}" for key in old if key in new and new[key] != old[key]]
+    return wrong
+
+
+def _signature_of(node: torch.fx.Node) -> tuple[Any, ...]:
+    return (node.op, node.target, str(node.args), str(node.kwargs), type_text(node.meta.get("val")))
+
+
+def _check_values(before: Program, after: Program) -> list[str]:
+    known = {node.name: _signature_of(node) for node in before.exported.graph.nodes}
+    mode = fake_mode_of(after.exported.graph)
+    fresh: set[torch.fx.Node] = set()
+    wrong = []
+    for node in after.exported.graph.nodes:
+        if "val" not in node.meta and node.op != "output":
+            wrong.append(f"{node.name} has no recorded value")
+            continue
+        changed = known.get(node.name) != _signature_of(node)
+        if changed:
+            fresh.add(node)
+        if node.op != "call_function" or not (changed or any(arg in fresh for arg in node.all_input_nodes)):
+            continue
+        if any("val" not in arg.meta for arg in node.all_input_nodes):
+            continue  # reported above
+        recorded, computed = type_text(node.meta["val"]), type_text(fake_call(node, mode))
+        if recorded != computed:
+            wrong.append(f"{node.name} records {recorded}, computes {computed}")
+    return wrong
+
+
+def _check_provenance(before: Program, after: Program) -> list[str]:
+    known = {node.name for node in before.exported.graph.nodes}
+    wrong = []
+    for node in after.exported.graph.nodes:
+        if node.name in known or node.op == "output":
+            continue
+        if STAMP not in (node.meta.get("custom") or {}):
+            wrong.append(f"{node.name} does not say which pass made it")
+        elif node.op == "call_function" and "nn_module_stack" not in node.meta:
+            wrong.append(f"{node.name} has no provenance")
+    return wrong

@@ -1,0 +1,50 @@
+"""The standard sequence of passes, from a captured program to one that a target can take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from depthwire.passes._pipeline import Pipeline
+from depthwire.passes.canonicalize_constants import CanonicalizeConstants
+from depthwire.passes.canonicalize_views import CanonicalizeViews
+from depthwire.passes.fuse_norm import FuseNorm
+from depthwire.passes.legalize_attention import LegalizeAttention
+from depthwire.passes.lift_attn_res import LiftAttnRes
+from depthwire.passes.partition import Partition
+from depthwire.passes.remove_noops import RemoveNoops
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from depthwire.passes._base import Pass
+
+
+def canonical_pipeline(*, verify: bool = True) -> Pipeline:
+    """Return the passes that change no structure: what ``inspect`` looks at."""
+    return Pipeline((RemoveNoops(), CanonicalizeViews(), CanonicalizeConstants(), FuseNorm()), verify)
+
+
+def standard_pipeline(
+    *,
+    attn_res: str | None,
+    correction: Literal["eps", "scale"] = "eps",
+    queries: Path | None = None,
+    attention: Literal["op", "decomposed"] = "decomposed",
+) -> Pipeline:
+    """Return the passes of ``depthwire convert``.
+
+    Args:
+        attn_res: ``full``, ``block:N``, ``block-layers:K``, or ``None`` to keep the residual stream as it is.
+        correction: How a zero-query read is made to preserve the function.
+        queries: Trained queries.
+        attention: Whether the target takes attention as one operator.
+
+    Raises:
+        UsageError: ``attn_res`` cannot be read.
+    """
+    passes: list[Pass] = list(canonical_pipeline().passes)
+    if attn_res is not None:
+        passes.append(LiftAttnRes(Partition.parse(attn_res), correction, queries))
+    if attention == "decomposed":
+        passes.append(LegalizeAttention())
+    return Pipeline(tuple(passes))

@@ -1,0 +1,191 @@
+"""The child process that holds the TensorRT-RTX builder: ``python -m depthwire.runtime._build_worker``.
+
+The builder is native code that can end its process (a segmentation fault, an abort, the out-of-memory killer). Here
+that costs a child, and the peak memory is the builder's own. Standard library only, so that the child stays small.
+
+Protocol: one line of JSON on stdin (the request, see ``_build_process.BuildRequest``); lines of JSON on stdout, each
+with an ``event``: ``phase``, ``step``, and as the last one ``result`` or ``error``. The log goes to stderr. stdin stays
+open: when it closes, the parent is gone and the child ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from depthwire.runtime._peak_rss import peak_rss_bytes
+
+_STEP_INTERVAL_SECONDS = 0.1
+_DUPLICATE_NAME = "already exists, the output tensors of this new instance will not be queryable"
+_PARSING = re.compile(r"(?:Static check for parsing|Parsing) node: (.*)")
+
+
+class _Channel:
+    """Writes messages to the parent on a private copy of stdout; the builder's own prints go to the log."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self._lock = threading.Lock()  # progress may be reported from several builder threads
+
+    def send(self, event: str, **fields: object) -> None:
+        with self._lock:
+            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+            self._file.flush()
+
+
+def main() -> None:
+    """Serve one request and end the process."""
+    faulthandler.enable()
+    _forbid_core_dumps()
+    channel = _Channel()
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        import tensorrt_rtx
+    except ImportError as error:
+        channel.send("error", kind="missing", message=str(error))
+        return
+    try:
+        event, fields = _build(tensorrt_rtx, request, channel)
+    except OSError as error:
+        event, fields = "error", {"kind": "write", "message": str(error)}
+    channel.send(event, **fields)
+    # The builder's destructors have nothing left to do that matters, and could only crash.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _forbid_core_dumps() -> None:
+    # A crash with a model in memory would leave its gigabytes in the user's directory.
+    try:
+        import resource
+    except ImportError:  # Windows has neither the module nor core files
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def _end_with_parent() -> None:
+    # os.read, not sys.stdin: a buffered reader would keep its lock into the interpreter's shutdown.
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+def _build(trt: Any, request: dict[str, Any], channel: _Channel) -> tuple[str, dict[str, Any]]:
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    channel.send("phase", name="Parsing ONNX", steps=0)
+    if not parser.parse_from_file(request["model"]):
+        return "error", {"kind": "parse", "version": trt.__version__, "errors": _parser_errors(parser, log.node)}
+    config = _configure(trt, builder, request)
+    config.progress_monitor = _monitor(trt, channel)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        return "error", {"kind": "build", "version": trt.__version__, "errors": log.errors}
+    channel.send("phase", name="Writing the engine", steps=0)
+    with Path(request["engine"]).open("wb") as file:
+        file.write(memoryview(engine))
+    layers, dtypes = _census(network)
+    return "result", {
+        "version": trt.__version__,
+        "bytes": int(engine.nbytes),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "layers": layers,
+        "dtypes": dtypes,
+    }
+
+
+def _configure(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
+    config = builder.create_builder_config()
+    capabilities = request["compute_capabilities"]
+    config.num_compute_capabilities = len(capabilities)
+    for index, name in enumerate(capabilities):
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    if request["workspace_bytes"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
+    if request["optimization_level"] is not None:
+        config.builder_optimization_level = request["optimization_level"]
+    return config
+
+
+def _parser_errors(parser: Any, last_node: str) -> list[dict[str, str]]:
+    found = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        # Importers that fail after the static checks name no node; the log then says which one was being parsed.
+        name = f"{error.node_name()} [{error.node_operator()}]" if error.node_name() else last_node
+        calls = " in ".join(error.local_function_stack())
+        found.append({"node": f"{name} in {calls}" if calls else name, "message": error.desc()})
+    return found
+
+
+def _census(network: Any) -> tuple[dict[str, int], dict[str, int]]:
+    layers: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        layers[layer.type.name] += 1
+        dtypes.update(layer.get_output(output).dtype.name for output in range(layer.num_outputs))
+    return dict(layers.most_common()), dict(dtypes.most_common())
+
+
+def _logger(trt: Any) -> Any:
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.node = ""
+
+        def log(self, level: Any, message: str) -> None:
+            if level == severity.VERBOSE:
+                match = _PARSING.match(message)
+                self.node = match[1] if match else self.node
+                return
+            # One such line for every node of every repeated function body: true and of no consequence.
+            if _DUPLICATE_NAME in message:
+                return
+            if level in {severity.ERROR, severity.INTERNAL_ERROR}:
+                self.errors.append(message)
+            sys.stderr.write(f"[{level.name}] {message}\n")
+            sys.stderr.flush()
+
+    return Logger()
+
+
+def _monitor(trt: Any, channel: _Channel) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.reported = 0.0
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:  # noqa: ARG002
+            channel.send("phase", name=name, steps=steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self.reported >= _STEP_INTERVAL_SECONDS:
+                self.reported = now
+                channel.send("step", name=name, step=step + 1)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One TOML file for each target; ``depthwire.runtime.target`` reads and checks them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from depthwire import _flow
 from depthwire._build import build_stage, has_engine, require_backend
@@ -35,7 +35,11 @@ class _Run:
     target: Target
     stages: Stages
     original: Program
-    rewritten: Program
+    done: _flow.Rewritten
+
+    @property
+    def rewritten(self) -> Program:
+        return self.done.program
 
 
 def convert(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples: Examples) -> Result:
@@ -43,11 +47,11 @@ def convert(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examp
     out = check_out(recipe.out, force=force)
     target = _target(recipe)
     original = _flow.capture_stage(source, recipe, stages, examples)
-    rewritten, structure = _flow.rewrite_stage(original, recipe, target, stages)
-    run = _Run(out, recipe, target, stages, original, rewritten)
+    done = _flow.rewrite_stage(original, recipe, target, stages)
+    run = _Run(out, recipe, target, stages, original, done)
     with removed_unless_vouched(out):
         windows, artifact = _export_stages(run)
-        return _prove_and_build(run, artifact, windows, structure)
+        return _prove_and_build(run, artifact, windows)
 
 
 def _target(recipe: Recipe) -> Target:
@@ -87,6 +91,7 @@ def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
             model=model,
             goldens=goldens,
             recipe=recipe.resolved(),
+            checkpoints=run.done.checkpoints,
             progress=lambda done, total: stage.progress("writing weights", done / max(total, 1)),
         )
         stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
@@ -94,9 +99,7 @@ def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
     return windows, artifact
 
 
-def _prove_and_build(
-    run: _Run, artifact: Artifact, windows: Sequence[Window], structure: dict[str, Any] | None
-) -> Result:
+def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -> Result:
     recipe, stages = run.recipe, run.stages
     verdict: VerifyReport | None = None
     engine: EngineInfo | None = None
@@ -113,7 +116,7 @@ def _prove_and_build(
     except DepthwireError as error:
         failure = error
     verify = None if verdict is None else verdict.as_dict()
-    document = make_report(artifact, stages, structure=structure, verify=verify, failure=failure)
+    document = make_report(artifact, stages, structure=run.done.structure, verify=verify, failure=failure)
     write_report(artifact, document)
     if failure is not None:
         raise failure
@@ -125,7 +128,8 @@ def plan(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples
     out = None if recipe.out is None else check_out(recipe.out, force=force)
     target = _target(recipe)
     original = _flow.capture_stage(source, recipe, stages, examples)
-    rewritten, structure = _flow.rewrite_stage(original, recipe, target, stages)
+    done = _flow.rewrite_stage(original, recipe, target, stages)
+    rewritten = done.program
     facts = {
         "name": target.name,
         "title": target.title,
@@ -140,7 +144,7 @@ def plan(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples
         recipe=recipe,
         source=_flow.source_dict(original),
         target=facts,
-        structure=structure,
+        structure=done.structure,
         passes=_flow.passes_list(rewritten),
         bytes_by_part=bytes_by_part(rewritten, recipe),
         free_bytes=None if out is None else free_bytes(out),

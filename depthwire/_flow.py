@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from depthwire._outdir import check_file, disk_full_as_error, require_space
 from depthwire._results import Inspection
-from depthwire.artifact import MANIFEST, Artifact, SourceInfo
+from depthwire.artifact import MANIFEST, Artifact, Checkpoint, SourceInfo
 from depthwire.errors import ExportError, InternalError, PassError, UsageError
 from depthwire.recipe import Recipe
 
@@ -62,9 +63,22 @@ def _refuse_source_options(recipe: Recipe) -> None:
         )
 
 
-def rewrite_stage(
-    program: Program, recipe: Recipe, target: Target | None, stages: Stages
-) -> tuple[Program, dict[str, Any] | None]:
+@dataclass(frozen=True)
+class Rewritten:
+    """What the rewrite stage hands on.
+
+    Attributes:
+        program: The rewritten program.
+        structure: ``ResidualStream.as_dict()`` of the canonical one; ``None`` without a stream.
+        checkpoints: The values at which layers are compared.
+    """
+
+    program: Program
+    structure: dict[str, Any] | None
+    checkpoints: list[Checkpoint]
+
+
+def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stages: Stages) -> Rewritten:
     """Run the recipe's passes.
 
     Args:
@@ -73,10 +87,11 @@ def rewrite_stage(
         target: Says whether attention stays one operator; it does without a target, as a program to train wants it.
         stages: Where the stage is recorded.
 
-    Returns:
-        The rewritten program, and ``ResidualStream.as_dict()`` of the canonical one (``None`` without a stream).
+    Raises:
+        PassError: The structure of the model does not allow what the recipe asks for.
     """
     with stages.stage("rewrite", recipe.attn_res or "no lift") as stage:
+        from depthwire.export.checkpoints import checkpoints
         from depthwire.passes._pipeline import Pipeline
         from depthwire.passes.standard import canonical_pipeline, standard_pipeline
 
@@ -99,11 +114,11 @@ def rewrite_stage(
                 todo="Report this.",
             )
         canonical = front.run(program, progress=stage.update)
-        structure = _structure(canonical)
+        structure, points = _structure(canonical), checkpoints(canonical)
         rewritten = Pipeline(passes[count:]).run(canonical, progress=stage.update)
         done = [f"{record.name} {record.rewrites}" for record in rewritten.history if record.rewrites]
         stage.detail = ": ".join(part for part in (stage.detail, ", ".join(done)) if part)
-        return rewritten, structure
+        return Rewritten(rewritten, structure, points)
 
 
 def _structure(canonical: Program) -> dict[str, Any] | None:
@@ -125,6 +140,7 @@ def source_dict(program: Program) -> dict[str, Any]:
         sha256=dict(source.sha256),
         task=source.task,
         model=source.model,
+        tokenizer=source.tokenizer,
     )
     return info.model_dump(mode="json")
 
@@ -209,7 +225,7 @@ def rewrite(source: Model, recipe: Recipe, stages: Stages, out: Path | None, exa
     """See ``depthwire.api.rewrite``."""
     if out is not None:
         check_file(out, ".pt2")
-    program, _ = rewrite_stage(capture_stage(source, recipe, stages, examples), recipe, None, stages)
+    program = rewrite_stage(capture_stage(source, recipe, stages, examples), recipe, None, stages).program
     if out is not None:
         with stages.stage("write", str(out)) as stage:
             stage.bytes = _save(program, out)

@@ -45,7 +45,7 @@ def verify(
     if not goldens_only:
         recipe = _recipe(artifact, options)
         original = _capture_again(artifact, source, recipe, stages)
-        rewritten, _ = _flow.rewrite_stage(original, recipe, _target(recipe), stages)
+        rewritten = _flow.rewrite_stage(original, recipe, _target(recipe), stages).program
         windows = _flow.make_windows(original, recipe, recipe.verify.windows)
     failure: DepthwireError | None = None
     try:

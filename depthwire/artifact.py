@@ -60,6 +60,7 @@ class SourceInfo(_Strict):
     sha256: dict[str, str] = Field(default_factory=dict)
     task: str | None = None
     model: str | None = None
+    tokenizer: str | None = None
 
 
 class Checkpoint(_Strict):

@@ -8,7 +8,9 @@ weights, such as prefill and decode, will live here as further ``ExportedProgram
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,9 +18,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from torch.export import ExportedProgram
+
+METADATA = "depthwire.json"
+"""Extra member of a saved ``.pt2`` file; JSON."""
 
 SourceKind = Literal["huggingface", "gguf", "factory", "pt2", "module"]
 
@@ -34,6 +38,7 @@ class Source:
         sha256: Hash of each file that determined the model (relative name -> hex), empty where there is no file.
         task: ``causal-lm``, ``encoder``, ``vision`` or ``None`` for a plain module.
         model: Class name of the model, as a label.
+        tokenizer: For a ``.pt2`` file: the Hugging Face directory or GGUF file whose tokenizer belongs to it.
     """
 
     kind: SourceKind
@@ -42,6 +47,14 @@ class Source:
     sha256: Mapping[str, str] = field(default_factory=dict)
     task: str | None = None
     model: str | None = None
+    tokenizer: str | None = None
+
+    def tokenizer_reference(self) -> str | None:
+        """Return where the tokenizer lies, for a program that is saved and captured again."""
+        if self.kind == "gguf":
+            path = Path(self.reference)
+            return str(path / next(iter(self.sha256))) if path.is_dir() and self.sha256 else self.reference
+        return self.reference if self.kind == "huggingface" else self.tokenizer
 
 
 @dataclass(frozen=True)
@@ -117,5 +130,15 @@ class Program:
         return self.replace(exported=replace_state(self.exported, state_dict))
 
     def save(self, path: str | Path) -> None:
-        """Write a ``.pt2`` file that ``torch.export.load`` and ``depthwire convert`` both read."""
-        torch.export.save(self.exported, str(path))
+        """Write a ``.pt2`` file that ``torch.export.load`` and ``depthwire convert`` both read.
+
+        What the format has no place for (output names, task, where the tokenizer lies) goes into an extra member.
+        """
+        metadata = {
+            "schema_version": 1,
+            "output_names": list(self.output_names),
+            "task": self.source.task,
+            "model": self.source.model,
+            "tokenizer": self.source.tokenizer_reference(),
+        }
+        torch.export.save(self.exported, str(path), extra_files={METADATA: json.dumps(metadata)})

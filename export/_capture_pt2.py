@@ -6,9 +6,10 @@ import importlib
 import io
 import json
 import zipfile
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
@@ -20,7 +21,7 @@ from depthwire.export._pt2_graph import check_model, check_payloads
 from depthwire.export._pt2_rules import Refused
 from depthwire.export._refusal import silent_torch
 from depthwire.export._torch_export import functional, require_static
-from depthwire.program import Program, Source
+from depthwire.program import METADATA, Program, Source
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,16 +43,48 @@ def capture_pt2(file: Path, options: CaptureOptions, *, reference: str) -> Progr
         UsageError: An option that would change a program which is fixed already.
     """
     options.refuse("a .pt2 file", _NO_EFFECT, "The program is fixed already: capture its model instead.")
-    exported = functional(load_pt2(file))
+    loaded, metadata = load_pt2(file)
+    exported = functional(loaded)
     require_static(exported)
     leaves = [torch.empty(0) for _ in exported.graph_signature.user_outputs]
     spec = exported.call_spec.out_spec
     names = tuple(name for name, _ in named_tensors(tree_unflatten(leaves, spec)))
-    source = Source("pt2", reference, sha256={file.name: sha256_file(file)})
+    if len(metadata.output_names) == len(names):
+        names = tuple(metadata.output_names)
+    source = Source(
+        "pt2",
+        reference,
+        sha256={file.name: sha256_file(file)},
+        task=metadata.task,
+        model=metadata.model,
+        tokenizer=metadata.tokenizer,
+    )
     return Program(exported, source, _example_inputs(exported), names)
 
 
-def load_pt2(file: Path) -> ExportedProgram:
+class _Metadata(BaseModel):
+    """What ``Program.save`` adds; a file that ``torch.export.save`` wrote has none of it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    schema_version: Literal[1] = 1
+    output_names: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")]] = []
+    task: Literal["causal-lm", "encoder", "vision"] | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+
+
+def _metadata(archive: Archive) -> _Metadata:
+    member = f"extra/{METADATA}"
+    if member not in archive.sizes:
+        return _Metadata()
+    try:
+        return _Metadata.model_validate_json(archive.read(member))
+    except ValidationError as error:
+        raise invalid(archive.path, f"{member}: {error.errors()[0]['msg']}") from error
+
+
+def load_pt2(file: Path) -> tuple[ExportedProgram, _Metadata]:
     """Check a ``.pt2`` file and load the one program in it; nothing in it is executed.
 
     Raises:
@@ -73,7 +106,8 @@ def load_pt2(file: Path) -> ExportedProgram:
         except Exception as error:
             lines = str(error).splitlines()
             raise invalid(file, f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}") from error
-    return contents.exported_programs[name]
+        metadata = _metadata(archive)
+    return contents.exported_programs[name], metadata
 
 
 def _program_name(archive: Archive) -> str:

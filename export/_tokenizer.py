@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from depthwire.export._hf_files import cached_snapshot
 from depthwire.export._transformers import quiet, require_transformers
 
 if TYPE_CHECKING:
-    from depthwire.program import Source
+    from depthwire.program import Source, SourceKind
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -19,6 +20,9 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         CaptureError: ``capture.no-tokenizer``.
     """
+    if source.kind == "pt2" and source.tokenizer is not None:
+        kind: SourceKind = "gguf" if source.tokenizer.endswith(".gguf") else "huggingface"
+        source = dataclasses.replace(source, kind=kind, reference=source.tokenizer)
     if source.kind not in ("huggingface", "gguf"):
         raise _no_tokenizer(source, f"a {source.kind} source, which has none")
     require_transformers(source.reference, *(("gguf",) if source.kind == "gguf" else ()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from depthwire.artifact import Checkpoint
 from depthwire.errors import PassError
 from depthwire.passes._base import module_path
+from depthwire.passes.analysis.norm import find_norms
 from depthwire.passes.analysis.residual_stream import find_residual_stream
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ def checkpoints(canonical: Program) -> list[Checkpoint]:
         canonical: The program after the passes that change no structure.
 
     Returns:
-        In layer order; empty for a model without a residual stream, which is then compared at its outputs only.
+        In layer order. Without a residual stream (a program that reads its depth by attention already), every norm
+        is a checkpoint and a layer of its own.
     """
     try:
         stream = find_residual_stream(canonical)
     except PassError:
-        return []
+        return [_norm(norm.output, layer) for layer, norm in enumerate(find_norms(canonical.exported))]
     points = []
     for sublayer in stream.sublayers:
         points += [_norm(norm.output, sublayer.index) for norm in sublayer.reads.norms]

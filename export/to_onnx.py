@@ -85,11 +85,12 @@ def _name_interface(model: ir.Model, program: Program) -> None:
 
 @contextlib.contextmanager
 def _without_logs() -> Iterator[None]:
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _clean(model: ir.Model) -> None:

@@ -16,6 +16,7 @@ from depthwire.artifact import (
     MODEL,
     WEIGHTS,
     Artifact,
+    Checkpoint,
     CustomOp,
     FileEntry,
     Manifest,
@@ -25,7 +26,6 @@ from depthwire.artifact import (
 )
 from depthwire.errors import ExportError
 from depthwire.export._external_data import inline_small, write_external_data
-from depthwire.export.checkpoints import checkpoints
 from depthwire.export.ops import DOMAIN
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def write_artifact(
     model: ir.Model,
     goldens: Goldens,
     recipe: dict[str, Any],
+    checkpoints: list[Checkpoint],
     progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Write ``model.onnx``, its weights, the goldens and the manifest.
@@ -59,6 +60,7 @@ def write_artifact(
         model: Its initializers point at the weights file afterwards.
         goldens: Example inputs and the original's outputs.
         recipe: The resolved recipe.
+        checkpoints: The values at which layers are compared.
         progress: Called with (bytes written, bytes in all) while the weights are written.
 
     Raises:
@@ -71,7 +73,8 @@ def write_artifact(
         _save_graph(model, root / MODEL)
         _check(root / MODEL)
         goldens.save(root / GOLDENS)
-        manifest = _manifest(original, rewritten, model, recipe)
+        manifest = _manifest(original, rewritten, model)
+        manifest.recipe, manifest.checkpoints = recipe, checkpoints
         artifact = Artifact(root, manifest)
         manifest.files[WEIGHTS] = FileEntry(bytes=size, sha256=sha256)
         artifact.add_file(MODEL)
@@ -131,9 +134,7 @@ def _check(path: Path) -> None:
         ) from error
 
 
-def _manifest(original: Program, rewritten: Program, model: ir.Model, recipe: dict[str, Any]) -> Manifest:
-    from depthwire.passes.standard import canonical_pipeline
-
+def _manifest(original: Program, rewritten: Program, model: ir.Model) -> Manifest:
     source = dataclasses.asdict(original.source)
     nodes = Counter(node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in model.graph)
     bodies = {f"{function.domain}::{function.name}" for function in model.functions.values()}
@@ -142,7 +143,7 @@ def _manifest(original: Program, rewritten: Program, model: ir.Model, recipe: di
         depthwire=_version("depthwire"),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         source=SourceInfo(**source),
-        recipe=recipe,
+        recipe={},
         inputs=[_tensor_info(value) for value in model.graph.inputs],
         outputs=[_tensor_info(value) for value in model.graph.outputs],
         opsets=dict(model.graph.opset_imports),
@@ -164,7 +165,6 @@ def _manifest(original: Program, rewritten: Program, model: ir.Model, recipe: di
             )
             for record in rewritten.history
         ],
-        checkpoints=checkpoints(canonical_pipeline(verify=False).run(original)),
         tools={name: _version(name) for name in _TOOLS if _version(name)},
     )
 

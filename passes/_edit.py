@@ -39,6 +39,7 @@ class GraphEditor:
         self.graph = torch.fx.Graph()
         self._copies: dict[torch.fx.Node, torch.fx.Node] = {}
         output = self.graph.graph_copy(exported.graph, self._copies)
+        self._originals = {copy: node for node, copy in self._copies.items()}
         old_output = next(iter(reversed(exported.graph.nodes)))
         new_output = self.graph.output(output)
         new_output.meta = dict(old_output.meta)
@@ -48,7 +49,7 @@ class GraphEditor:
         self._fake_mode = fake_mode_of(exported.graph)
 
     def copy_of(self, node: torch.fx.Node) -> torch.fx.Node:
-        """Return the copy of a node of the original graph."""
+        """Return the copy of a node of the original graph, or what has replaced it."""
         return self._copies[node]
 
     def call(
@@ -88,6 +89,9 @@ class GraphEditor:
                 that values can be compared by name across the stages.
         """
         old.replace_all_uses_with(new)
+        if old in self._originals:
+            original = self._originals[new] = self._originals.pop(old)
+            self._copies[original] = new
         if keep_name:
             name = old.name
             self.graph.erase_node(old)

@@ -108,7 +108,7 @@ def turing_float32(model: str, got: str) -> BuildError:
         at=model,
         want="a float16 graph, or compute capabilities without SM75",
         got=got,
-        todo="Leave SM75 out, or convert with --dtype float16 into an artefact of its own for Turing.",
+        todo="Leave SM75 out, or convert with --dtype fp16 into an artefact of its own for Turing.",
     )
 
 

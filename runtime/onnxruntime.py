@@ -79,7 +79,7 @@ def session_from_artifact(
             at=str(artifact.model),
             want=f"a session on {', '.join(providers)}",
             got=f"{type(error).__name__}: {error}",
-            todo="ONNX Runtime's CPU kernels lack bfloat16: convert with --dtype float32 to verify. Otherwise report "
+            todo="ONNX Runtime's CPU kernels lack bfloat16: convert with --dtype fp32 to verify. Otherwise report "
             "this with the file.",
         ) from error
     unloaded = [name for name in providers if name not in session.get_providers()]

@@ -223,7 +223,7 @@ class Block(nn.Module):
 
     def branches(self, step: list[Part], x: Tensor, shrink: float = 1.0) -> list[Tensor]:
         """Return what a sublayer writes, ``alpha`` excepted; ``shrink`` divides the eps of the norms before it."""
-        normed = {part.before: x if part.before is None else part.before(x, shrink) for part in step}
+        normed = {norm: x if norm is None else norm(x, shrink) for norm in dict.fromkeys(part.before for part in step)}
         return [self._branch(part, normed[part.before]) for part in step]
 
     def _branch(self, part: Part, x: Tensor) -> Tensor:
@@ -358,7 +358,7 @@ def captured(spec: Spec, dtype: torch.dtype = torch.float64, seed: int = 0) -> t
 
 def truth(spec: Spec) -> Truth:
     """Return what an analysis of the model must find."""
-    names = ["layers.0" if spec.shared else f"layers.{index}" for index in range(spec.layers)]
+    names = [f"layers.{index}" for index in range(spec.layers)]
     steps = [("attention", "mlp")] if spec.block == "sequential" else [("parallel",)]
     kinds = [kind for _ in names for kind in steps[0]]
     paths = [f"{name}.{'mlp' if kind == 'mlp' else 'attention'}" for name in names for kind in steps[0]]

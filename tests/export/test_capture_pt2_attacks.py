@@ -131,6 +131,6 @@ def test_a_change_between_check_and_load_has_no_effect(
         register(types)
 
     monkeypatch.setattr(_capture_pt2, "_register_types", swap)
-    program = _capture_pt2.load_pt2(good)
+    program, _ = _capture_pt2.load_pt2(good)
     assert program.graph_signature.user_inputs == ("x",)
     assert not marker.exists()

@@ -18,9 +18,11 @@ from depthwire.artifact import GOLDENS, MANIFEST, MODEL, WEIGHTS, Artifact, sha2
 from depthwire.errors import ExportError
 from depthwire.export import write as write_module
 from depthwire.export._external_data import ALIGNMENT, write_external_data
+from depthwire.export.checkpoints import checkpoints
 from depthwire.export.goldens import make_goldens
 from depthwire.export.to_onnx import to_onnx
 from depthwire.export.write import write_artifact
+from depthwire.passes.standard import canonical_pipeline
 from tests.export.tiny import captured, lifted
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def _write(out: Path, **options: Any) -> Artifact:
         model=to_onnx(rewritten),
         goldens=make_goldens(original, [feed]),
         recipe={"attn_res": "block:3"},
+        checkpoints=checkpoints(canonical_pipeline().run(original)),
     )
 
 

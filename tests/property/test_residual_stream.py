@@ -37,7 +37,7 @@ def check_structure(spec: Spec, model: Transformer, program: Program) -> Residua
     expected = truth(spec)
     stream = find_residual_stream(program)
     assert tuple(sublayer.kind for sublayer in stream.sublayers) == expected.kinds
-    assert tuple(sublayer.module.split("@")[0] for sublayer in stream.sublayers) == expected.modules
+    assert tuple(sublayer.module for sublayer in stream.sublayers) == expected.modules
     assert tuple(len(state.norms) for state in stream.states) == expected.norms
     found = {(item.code, item.at.partition(" (")[0]) for item in stream.breaks}
     assert found == expected.breaks

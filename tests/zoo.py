@@ -223,8 +223,9 @@ class Block(nn.Module):
 
     def branches(self, step: list[Part], x: Tensor, shrink: float = 1.0) -> list[Tensor]:
         """Return what a sublayer writes, ``alpha`` excepted; ``shrink`` divides the eps of the norms before it."""
-        normed = {norm: x if norm is None else norm(x, shrink) for norm in dict.fromkeys(part.before for part in step)}
-        return [self._branch(part, normed[part.before]) for part in step]
+        norms = [part.before for part in (step[:1] if self.spec.block == "parallel-one" else step)]
+        normed = [x if norm is None else norm(x, shrink) for norm in norms]
+        return [self._branch(part, normed[min(index, len(normed) - 1)]) for index, part in enumerate(step)]
 
     def _branch(self, part: Part, x: Tensor) -> Tensor:
         out = part.body(x)
@@ -361,7 +362,7 @@ def truth(spec: Spec) -> Truth:
     names = [f"layers.{index}" for index in range(spec.layers)]
     steps = [("attention", "mlp")] if spec.block == "sequential" else [("parallel",)]
     kinds = [kind for _ in names for kind in steps[0]]
-    paths = [f"{name}.{'mlp' if kind == 'mlp' else 'attention'}" for name in names for kind in steps[0]]
+    paths = [name if kind == "parallel" else f"{name}.{kind}" for name in names for kind in steps[0]]
     before = 2 if spec.block == "parallel-two" else 1
     norms = [{"post": 0, "inside": 0}.get(spec.placement, before)] + [
         {"post": 1, "inside": 0}.get(spec.placement, before) for _ in kinds[1:]

@@ -199,7 +199,7 @@ def _group(chain: Chain, states: list[State], exported: ExportedProgram) -> tupl
             continue
         origins = [norm.output for norm in reads.norms] if reads.norms and not reads.others else [reads.node]
         kinds = [kind for member in pending for kind in branches.kinds(member.branch, origins)]
-        module = branches.module(pending[0].branch, origins)
+        module = branches.module([member.branch for member in pending], origins)
         sublayers.append(Sublayer(len(sublayers), kind_of(kinds), module, reads, tuple(pending)))
         reads, pending = following, []
     return tuple(sublayers), reads

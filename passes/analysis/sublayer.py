@@ -11,7 +11,7 @@ from depthwire.passes._match import TRANSPARENT, aten, independent_of_inputs, is
 from depthwire.passes.analysis.chain import ancestors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch.export import ExportedProgram
 
@@ -48,18 +48,17 @@ class Branches:
         start = self._mask(origins)
         return [self._kind(self._cone(addend, start)) for addend in self._addends(branch, start)]
 
-    def module(self, branch: torch.fx.Node, origins: Iterable[torch.fx.Node]) -> str:
-        """Return the longest module path that all heavy operations of the branch's first addend share."""
+    def module(self, branches: Sequence[torch.fx.Node], origins: Iterable[torch.fx.Node]) -> str:
+        """Return the longest module path that all heavy operations of a sublayer's branches share."""
         start = self._mask(origins)
-        addend = self._addends(branch, start)[0]
-        heavy = [n for n in self._cone(addend, start) if _is_heavy(n) and module_path(n)]
-        paths = [module_path(node).split(".") for node in heavy or [branch]]
+        heavy = [n for branch in branches for n in self._cone(branch, start) if _is_heavy(n) and module_path(n)]
+        paths = [module_path(node).split(".") for node in heavy or branches]
         common = []
         for parts in zip(*paths, strict=False):
             if len(set(parts)) > 1:
                 break
             common.append(parts[0])
-        return ".".join(common) or module_path(branch)
+        return ".".join(common) or module_path(branches[0])
 
     def _mask(self, origins: Iterable[torch.fx.Node]) -> int:
         """Return the bits of the origins themselves: the highest bit of each ancestor set."""

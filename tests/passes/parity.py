@@ -13,16 +13,28 @@ from torch.utils import _pytree as pytree
 from depthwire.ir_text import to_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from depthwire.program import Program
 
 FP64 = 1e-9  # relative to the largest value; what a rewrite in fp64 may differ by
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def runner(program: Program) -> Callable[..., list[Tensor]]:
+    """Return a function from inputs to the program's outputs."""
+    module = program.module()
+
+    def call(*examples: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [leaf for leaf in pytree.tree_leaves(module(*examples)) if isinstance(leaf, Tensor)]
+
+    return call
+
+
 def run(program: Program, *examples: Tensor) -> list[Tensor]:
     """Return the outputs of a program."""
-    with torch.no_grad():
-        return [leaf for leaf in pytree.tree_leaves(program.module()(*examples)) if isinstance(leaf, Tensor)]
+    return runner(program)(*examples)
 
 
 def error(got: list[Tensor], want: list[Tensor]) -> float:
@@ -38,9 +50,10 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
 
 def assert_parity(before: Program, after: Program, *, bound: float = FP64, seeds: range = range(3)) -> None:
     """Check that two programs compute the same on fresh inputs of the example's shapes."""
+    got, want = runner(after), runner(before)
     for seed in seeds:
         examples = [like(example, seed) for example in before.example_inputs.values()]
-        difference = error(run(after, *examples), run(before, *examples))
+        difference = error(got(*examples), want(*examples))
         assert difference <= bound, f"seed {seed}: {difference:.3e} > {bound:.1e}"
 
 

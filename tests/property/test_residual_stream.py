@@ -68,7 +68,7 @@ def writes(stream: ResidualStream) -> list[object]:
     return [write for sublayer in stream.sublayers for write in sublayer.writes]
 
 
-@fixed(30)
+@fixed(25)
 @given(spec=specs(), canonical=st.booleans())
 def test_the_analysis_finds_what_is_there(spec: Spec, canonical: bool) -> None:
     model, program = captured(spec)

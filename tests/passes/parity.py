@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from depthwire.ir_text import to_text
+from depthwire.passes._edit import GraphEditor
+from depthwire.passes._pipeline import Pipeline
+from depthwire.passes.lift_attn_res import LiftAttnRes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from depthwire.passes._base import Pass, PassResult
     from depthwire.program import Program
 
 FP64 = 1e-9  # relative to the largest value; what a rewrite in fp64 may differ by
@@ -65,6 +70,33 @@ def like(example: Tensor, seed: int) -> Tensor:
     if example.dtype.is_floating_point:
         return torch.randn(example.shape, dtype=torch.float64, generator=generator).to(example.dtype)
     return torch.randint(0, int(example.max()) + 1, example.shape, generator=generator)
+
+
+def apply(step: Pass, program: Program, *, parity: float = FP64) -> PassResult:
+    """Run one pass between the pipeline's checks; check parity, the promise, and that a second run does nothing."""
+    result = step.run(program)
+    after = Pipeline((step,)).run(program)
+    assert to_text(after.exported) == to_text(result.program.exported)
+    assert after.history[-1].rewrites == result.rewrites
+    assert step.ensures(after) == []
+    if not isinstance(step, LiftAttnRes):
+        again = step.run(after)
+        assert again.rewrites == 0
+        assert to_text(again.program.exported) == to_text(after.exported)
+    assert_parity(program, after, bound=parity)
+    return dataclasses.replace(result, program=after)
+
+
+def sabotaged(program: Program, change: Callable[[GraphEditor], None]) -> Program:
+    """Return the program with one thing done wrong."""
+    edit = GraphEditor(program, "sabotage")
+    change(edit)
+    return edit.finish()
+
+
+def named(edit: GraphEditor, *targets: object) -> list[torch.fx.Node]:
+    """Return the calls of some operators, in graph order."""
+    return [node for node in edit.graph.nodes if node.op == "call_function" and node.target in targets]
 
 
 class _Recorder(torch.fx.Interpreter):

@@ -39,7 +39,9 @@ class GraphEditor:
         self.graph = torch.fx.Graph()
         self._copies: dict[torch.fx.Node, torch.fx.Node] = {}
         output = self.graph.graph_copy(exported.graph, self._copies)
-        self._originals = {copy: node for node, copy in self._copies.items()}
+        self._originals = {duplicate: node for node, duplicate in self._copies.items()}
+        for node, duplicate in self._copies.items():
+            duplicate.name = node.name  # FX renames what is called like a builtin, such as an input named "input"
         old_output = next(iter(reversed(exported.graph.nodes)))
         new_output = self.graph.output(output)
         new_output.meta = dict(old_output.meta)

@@ -44,11 +44,11 @@ class FuseNorm(Pass):
 
 
 def _match(norm: Norm) -> Decline | None:
-    dtypes = {value(node).dtype for node in (*norm.nodes, norm.source)}
+    affine = [node for node in (norm.weight, norm.bias) if node is not None]
+    dtypes = {value(node).dtype for node in (*norm.nodes, *affine, norm.source)}
     if len(dtypes) > 1:
         found = ", ".join(sorted(str(dtype) for dtype in dtypes))
         return Decline("fuse-norm.mixed-dtype", where(norm.output), "one dtype throughout", found)
-    affine = [node for node in (norm.weight, norm.bias) if node is not None]
     for node in affine:
         if value(node).shape != value(norm.source).shape[-1:]:
             return Decline("fuse-norm.affine-shape", where(norm.output), "[d]", str(list(value(node).shape)))

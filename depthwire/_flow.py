@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from depthwire._outdir import check_file, disk_full_as_error, require_space
 from depthwire._results import Inspection
-from depthwire.artifact import MANIFEST, Artifact, Checkpoint, SourceInfo
+from depthwire.artifact import MANIFEST, Artifact, Checkpoint
 from depthwire.errors import ExportError, InternalError, PassError, UsageError
 from depthwire.recipe import Recipe
 
@@ -132,31 +132,16 @@ def _structure(canonical: Program) -> dict[str, Any] | None:
 
 def source_dict(program: Program) -> dict[str, Any]:
     """Return where a program came from as JSON-ready values."""
-    source = program.source
-    info = SourceInfo(
-        kind=source.kind,
-        reference=source.reference,
-        revision=source.revision,
-        sha256=dict(source.sha256),
-        task=source.task,
-        model=source.model,
-        tokenizer=source.tokenizer,
-    )
-    return info.model_dump(mode="json")
+    from depthwire.export.write import source_info
+
+    return source_info(program).model_dump(mode="json")
 
 
 def passes_list(program: Program) -> list[dict[str, Any]]:
     """Return what the passes did as JSON-ready values."""
-    return [
-        {
-            "name": record.name,
-            "options": dict(record.options),
-            "rewrites": record.rewrites,
-            "declines": [dict(decline) for decline in record.declines],
-            "seconds": record.seconds,
-        }
-        for record in program.history
-    ]
+    from depthwire.export.write import pass_infos
+
+    return [info.model_dump(mode="json") for info in pass_infos(program)]
 
 
 def recorded_recipe(artifact: Artifact) -> Recipe:

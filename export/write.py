@@ -135,14 +135,13 @@ def _check(path: Path) -> None:
 
 
 def _manifest(original: Program, rewritten: Program, model: ir.Model) -> Manifest:
-    source = dataclasses.asdict(original.source)
     nodes = Counter(node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in model.graph)
     bodies = {f"{function.domain}::{function.name}" for function in model.functions.values()}
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     return Manifest(
         depthwire=_version("depthwire"),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        source=SourceInfo(**source),
+        source=source_info(original),
         recipe={},
         inputs=[_tensor_info(value) for value in model.graph.inputs],
         outputs=[_tensor_info(value) for value in model.graph.outputs],
@@ -155,18 +154,28 @@ def _manifest(original: Program, rewritten: Program, model: ir.Model) -> Manifes
         },
         dtypes=dict(Counter(_dtype_name(tensor.dtype) for tensor in weights)),
         weight_bytes=rewritten.weight_bytes,
-        passes=[
-            PassInfo(
-                name=record.name,
-                options=dict(record.options),
-                rewrites=record.rewrites,
-                declines=[dict(decline) for decline in record.declines],
-                seconds=round(record.seconds, 3),
-            )
-            for record in rewritten.history
-        ],
+        passes=pass_infos(rewritten),
         tools={name: _version(name) for name in _TOOLS if _version(name)},
     )
+
+
+def source_info(program: Program) -> SourceInfo:
+    """Return where a program came from, as it stands in a manifest."""
+    return SourceInfo(**dataclasses.asdict(program.source))
+
+
+def pass_infos(program: Program) -> list[PassInfo]:
+    """Return what the passes did to a program, as it stands in a manifest."""
+    return [
+        PassInfo(
+            name=record.name,
+            options=dict(record.options),
+            rewrites=record.rewrites,
+            declines=[dict(decline) for decline in record.declines],
+            seconds=round(record.seconds, 3),
+        )
+        for record in program.history
+    ]
 
 
 def _tensor_info(value: ir.Value) -> TensorInfo:

@@ -206,8 +206,10 @@ def _scaled(root: torch.fx.Node, kind: Kind, source: torch.fx.Node, *, inverse: 
             members = _numerator(other, kind, source) if inverse or user.args[1] is root else None
             if members is not None:
                 return user, members
-        if is_call(user, *TRANSPARENT) or (not inverse and is_call(user, aten.reciprocal.default)):
-            found = _scaled(user, kind, source, inverse=inverse or is_call(user, aten.reciprocal.default))
+        flips = not inverse and is_call(user, aten.reciprocal.default)
+        passes_on = is_call(user, *TRANSPARENT) or (is_call(user, aten.mul.Tensor) and scalar(user.args[1]) == 1.0)
+        if flips or passes_on:
+            found = _scaled(user, kind, source, inverse=inverse or flips)
             if found is not None:
                 return found[0], {user, *found[1]}
     return None

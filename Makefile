@@ -43,6 +43,7 @@ lint: $(READY)  ## Lint and type-check only
 
 bench: $(READY) $(MODEL)/config.json ## Print the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.convert_cost
+	$(BIN)/python -m benchmarks.lift_latency
 
 clean:          ## Remove the environment, the caches and the outputs
 	rm -rf $(VENV) .cache out build dist *.egg-info

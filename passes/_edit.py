@@ -45,7 +45,7 @@ class GraphEditor:
         old_output = next(iter(reversed(exported.graph.nodes)))
         new_output = self.graph.output(output)
         new_output.meta = dict(old_output.meta)
-        self._input_specs: list[InputSpec] = list(exported.graph_signature.input_specs)
+        self._input_specs: list[InputSpec] = copy.deepcopy(list(exported.graph_signature.input_specs))
         self._state = dict(exported.state_dict)
         self._constants = dict(exported.constants)
         self._fake_mode = fake_mode_of(exported.graph)

@@ -1,10 +1,11 @@
 """legalize_attention: scaled dot-product attention in elementary operations, for back ends without the fused one.
 
-Before::  sdpa(q, k, v, mask, scale)       After::  p = softmax(where(mask, (q·scale) @ kᵀ, -inf));  p @ v
+Before::  sdpa(q, k, v, mask, scale)       After::  p = softmax(masked_fill((q·scale) @ kᵀ, ¬mask, lowest));  p @ v
 
 TensorRT-RTX 1.7 ends the process when it builds the ONNX ``Attention`` operator ahead of time; matrix products and a
-softmax build everywhere. Causal masks become one shared constant per shape. A row that is masked out entirely gives
-zeros, as in torch: where such a row cannot be ruled out, the weights are masked again behind the softmax.
+softmax build everywhere. Causal masks become one shared constant per shape, and each mask is inverted once. A row that
+is masked out entirely gives zeros, as in torch: where such a row cannot be ruled out, the weights are masked again
+behind the softmax.
 Refused: dropout in attention, which inference does not have.
 """
 
@@ -79,7 +80,7 @@ def _match(node: torch.fx.Node) -> _Attention | Decline:
 class _Rewriter:
     def __init__(self, edit: GraphEditor, program: Program) -> None:
         self._edit = edit
-        self._causal: dict[tuple[int, int], torch.fx.Node] = {}
+        self._hidden: dict[object, torch.fx.Node] = {}
         specs = program.exported.graph_signature.input_specs
         self._constants = {
             spec.arg.name: program.exported.constants[str(spec.target)]
@@ -93,8 +94,10 @@ class _Rewriter:
         scaled = self._call(aten.mul.Tensor, (query, match.scale), node)
         transposed = self._call(aten.transpose.int, (key, -2, -1), node)
         scores = self._call(aten.matmul.default, (scaled, transposed), node)
-        mask = self._causal_mask(scores) if match.causal else argument(node, 3, "attn_mask")
-        weights = self._softmax(scores, mask, node)
+        if match.causal:
+            weights = self._masked(scores, self._causal(scores), node, empty_rows=False)
+        else:
+            weights = self._softmax(scores, argument(node, 3, "attn_mask"), node)
         out = self._call(aten.matmul.default, (weights, values), node)
         self._edit.replace(node, out, keep_name=True)
 
@@ -110,44 +113,57 @@ class _Rewriter:
         wide = self._call(aten.expand.default, (wide, [*batch, heads, groups, length, width]), node)
         return self._call(aten.reshape.default, (wide, [*batch, heads * groups, length, width]), node)
 
-    def _causal_mask(self, scores: torch.fx.Node) -> torch.fx.Node:
+    def _causal(self, scores: torch.fx.Node) -> torch.fx.Node:
+        """Return what a causal mask hides, aligned to the upper left as torch defines it for unequal lengths."""
         rows, columns = (int(dim) for dim in value(scores).shape[-2:])
-        if (rows, columns) not in self._causal:
-            # Aligned to the upper left, as torch defines is_causal for unequal lengths.
-            mask = torch.ones(rows, columns, dtype=torch.bool).tril()
-            name = self._edit.free_constant_name("causal_mask")
-            self._causal[rows, columns] = self._edit.add_constant(name, mask)
-        return self._causal[rows, columns]
+        if (rows, columns) not in self._hidden:
+            hidden = torch.ones(rows, columns, dtype=torch.bool).triu(1)
+            name = self._edit.free_constant_name("causal_hidden")
+            self._hidden[rows, columns] = self._edit.add_constant(name, hidden)
+        return self._hidden[rows, columns]
 
-    def _softmax(self, scores: torch.fx.Node, mask: Any, node: torch.fx.Node) -> torch.fx.Node:
+    def _inverted(self, mask: torch.fx.Node, node: torch.fx.Node) -> torch.fx.Node:
+        """Return what a boolean mask hides; attention calls come in graph order, so all may read the first one's."""
+        if mask not in self._hidden:
+            known = self._known(mask)
+            if known is None:
+                self._hidden[mask] = self._call(aten.logical_not.default, (mask,), node)
+            else:
+                name = self._edit.free_constant_name("hidden")
+                self._hidden[mask] = self._edit.add_constant(name, known.logical_not())
+        return self._hidden[mask]
+
+    def _softmax(self, scores: torch.fx.Node, mask: torch.fx.Node | None, node: torch.fx.Node) -> torch.fx.Node:
         if mask is None:
             return self._call(aten.softmax.int, (scores, -1), node)
-        if value(mask).dtype != torch.bool:
-            return self._float_masked(scores, mask, node)
-        # A finite fill keeps a row that is masked out entirely free of NaN; the second mask makes it zero.
-        lowest = torch.finfo(value(scores).dtype).min
-        hidden = self._call(aten.logical_not.default, (mask,), node)
-        masked = self._call(aten.masked_fill.Scalar, (scores, hidden, lowest), node)
-        weights = self._call(aten.softmax.int, (masked, -1), node)
-        if self._has_no_empty_row(mask):
-            return weights
-        return self._call(aten.masked_fill.Scalar, (weights, hidden, 0.0), node)
-
-    def _float_masked(self, scores: torch.fx.Node, mask: torch.fx.Node, node: torch.fx.Node) -> torch.fx.Node:
+        empty_rows = self._may_hide_rows(mask)
+        if value(mask).dtype == torch.bool:
+            return self._masked(scores, self._inverted(mask, node), node, empty_rows=empty_rows)
         masked = self._call(aten.add.Tensor, (scores, mask), node)
         weights = self._call(aten.softmax.int, (masked, -1), node)
-        if self._has_no_empty_row(mask):
+        if not empty_rows:
             return weights
         best = self._call(aten.amax.default, (masked, [-1], True), node)
         empty = self._call(aten.eq.Scalar, (best, -math.inf), node)
         return self._call(aten.masked_fill.Scalar, (weights, empty, 0.0), node)
 
-    def _has_no_empty_row(self, mask: torch.fx.Node) -> bool:
-        """Tell whether a mask is known, and leaves every row something to attend to."""
-        if mask in self._causal.values():
-            return True
+    def _masked(
+        self, scores: torch.fx.Node, hidden: torch.fx.Node, node: torch.fx.Node, *, empty_rows: bool
+    ) -> torch.fx.Node:
+        # A finite fill keeps a row that is masked out entirely free of NaN; the second mask makes it zero.
+        lowest = torch.finfo(value(scores).dtype).min
+        masked = self._call(aten.masked_fill.Scalar, (scores, hidden, lowest), node)
+        weights = self._call(aten.softmax.int, (masked, -1), node)
+        return self._call(aten.masked_fill.Scalar, (weights, hidden, 0.0), node) if empty_rows else weights
+
+    def _known(self, mask: torch.fx.Node) -> torch.Tensor | None:
         known = self._constants.get(mask.name)
-        if not isinstance(known, torch.Tensor):
-            return False
+        return known if isinstance(known, torch.Tensor) else None
+
+    def _may_hide_rows(self, mask: torch.fx.Node) -> bool:
+        """Tell whether a mask may leave some row nothing to attend to."""
+        known = self._known(mask)
+        if known is None:
+            return True
         visible = known if known.dtype == torch.bool else known != -math.inf
-        return bool(visible.any(-1).all())
+        return not bool(visible.any(-1).all())

@@ -18,7 +18,6 @@ from collections.abc import Sequence  # noqa: TC003 - torch reads the annotation
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _SCHEMA_NAME = "depthwire::attn_res_read"
 
@@ -54,7 +53,7 @@ def attn_res_read(query: Tensor, sources: Sequence[Tensor], eps: float, scale: f
         scale: Factor on the logits.
 
     Returns:
-        ``[..., d]`` in the dtype of the sources. Differentiable, once, with respect to the query and every source.
+        ``[..., d]`` in the dtype of the sources. Differentiable with respect to the query and every source.
 
     Raises:
         ValueError: No source, sources of different shapes or dtypes, or a query that is not ``[d]``.
@@ -97,16 +96,16 @@ def _setup_context(
     ctx.eps, ctx.scale = eps, scale  # type: ignore[attr-defined]
 
 
-@once_differentiable
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor
 ) -> tuple[Tensor | None, list[Tensor | None], None, None]:
     """Recompute the read under autograd: nothing of size n·d is kept between forward and backward."""
     saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
+    again = torch.is_grad_enabled()  # whoever wants a second derivative needs the gradient's own graph
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in saved]
+        leaves = [t if again and t.requires_grad else t.detach().requires_grad_() for t in saved]
         out = attn_res_read_reference(leaves[0], leaves[1:], ctx.eps, ctx.scale)  # type: ignore[attr-defined]
-        grads = torch.autograd.grad(out, leaves, grad)
+        grads = torch.autograd.grad(out, leaves, grad, create_graph=again)
     return grads[0], list(grads[1:]), None, None
 
 

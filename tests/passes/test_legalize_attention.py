@@ -121,8 +121,25 @@ def test_causal_masks_of_one_shape_are_one_constant() -> None:
     program = canonical_pipeline().run(program_of(build(Spec(layers=3)), inputs()))
     result = apply(LegalizeAttention(), program)
     assert result.rewrites == 3
-    assert [name for name in result.program.exported.constants if "causal" in name] == ["causal_mask_0"]
-    assert torch.equal(result.program.exported.constants["causal_mask_0"], torch.ones(5, 5).tril().bool())
+    constants = result.program.exported.constants
+    assert list(constants) == ["causal_hidden_0"]
+    assert torch.equal(constants["causal_hidden_0"], ~torch.ones(5, 5).tril().bool())
+
+
+def test_a_mask_of_several_calls_is_inverted_once() -> None:
+    class Twice(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            q = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    examples = {**operands((2, 4, 5, 8), (2, 4, 5, 8)), "mask": masks(torch.float64)["boolean"]}
+    after = apply(LegalizeAttention(), program_of(Twice(), examples)).program
+    assert sum(node.target is aten.logical_not.default for node in after.exported.graph.nodes) == 1
+
+
+def test_attention_without_heads_to_attend_to_is_as_in_torch() -> None:
+    program = program_of(Attend(is_causal=True), operands((2, 4, 7, 8), (2, 4, 3, 8)))
+    assert apply(LegalizeAttention(), program).rewrites == 1
 
 
 @pytest.mark.parametrize(("seed", "batch", "length"), [(0, 1, 3), (1, 3, 4), (2, 1, 1)])

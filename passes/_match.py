@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default)
 # Values pass through these unchanged; at most dtype or memory layout differs.
 TRANSPARENT = (

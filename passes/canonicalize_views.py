@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from depthwire.passes._base import Pass, PassResult
 from depthwire.passes._edit import GraphEditor
-from depthwire.passes._match import aten, is_call, value
+from depthwire.passes._match import VIEWS, aten, is_call, value
 
 if TYPE_CHECKING:
     import torch
 
     from depthwire.program import Program
-
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,6 @@ class CanonicalizeViews(Pass):
 
 
 def _match(node: torch.fx.Node) -> bool:
-    if is_call(node, *_VIEWS):
+    if is_call(node, *VIEWS):
         return True
     return is_call(node, aten.reshape.default) and -1 in node.args[1]  # type: ignore[operator]

@@ -30,7 +30,7 @@ from depthwire.errors import PassError
 from depthwire.ops import attn_res_read  # noqa: F401 - registers the operator
 from depthwire.passes._base import Pass, PassResult, module_path
 from depthwire.passes._edit import GraphEditor
-from depthwire.passes._match import aten, is_call, value
+from depthwire.passes._match import VIEWS, aten, is_call, value
 from depthwire.passes.analysis.norm import find_norms
 from depthwire.passes.analysis.residual_stream import ResidualStream, State, find_residual_stream, split_readers
 from depthwire.passes.analysis.views import copies
@@ -134,7 +134,9 @@ class _Lifting:
         for node in reversed(write.skip):
             view = self._edit.copy_of(node)
             if not copies(node):
-                self._map(view.target, view.args[1:], view, view.kwargs)
+                # A source has strides of its own, for which a view may not be legal.
+                target = aten.reshape.default if is_call(node, *VIEWS) else view.target
+                self._map(target, view.args[1:], view, view.kwargs)
         if write.skip_alpha != 1.0:
             self._map(aten.mul.Tensor, (write.skip_alpha,), add)
         self._bank = [self._cast(source, add) for source in self._bank]

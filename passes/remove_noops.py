@@ -20,13 +20,13 @@ import torch
 
 from depthwire.passes._base import Pass, PassResult
 from depthwire.passes._edit import GraphEditor
-from depthwire.passes._match import CASTS, argument, aten, is_call, scalar, value
+from depthwire.passes._match import CASTS, VIEWS, argument, aten, is_call, scalar, value
 
 if TYPE_CHECKING:
     from depthwire.program import Program
 
 _COPIES = (aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default)
-_RESHAPES = (aten.expand.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_RESHAPES = (*VIEWS, aten.expand.default, aten.reshape.default)
 _ASSERTS = (aten._assert_tensor_metadata.default,)
 
 

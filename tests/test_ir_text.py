@@ -19,18 +19,20 @@ class Module(nn.Module):
         self.unused = nn.Parameter(torch.ones(9))
         self.register_buffer("shift", torch.ones(4, dtype=torch.bfloat16))
 
-    def forward(self, x: Tensor, unused: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, _unused: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(self.shift, Tensor)
-        first, second = (x * self.weight).split([1, 3], dim=-1)
+        first, second = torch.split(x * self.weight, [1, 3], dim=-1)
         return first.sum(dim=0, keepdim=True, dtype=torch.float64), second + self.shift[:3]
 
 
-EXAMPLES = {"x": torch.ones(2, 4), "unused": torch.ones(3, dtype=torch.int32)}
+EXAMPLES = {"x": torch.ones(2, 4), "_unused": torch.ones(3, dtype=torch.int32)}
 
 
 def test_the_text_of_a_program() -> None:
     text = to_text(program_of(Module(), EXAMPLES).exported)
-    assert text == """\
+    assert (
+        text
+        == """\
 %0 = param : f32[4]
 %1 = buffer : bf16[4]
 %2 = input : f32[2,4]
@@ -44,6 +46,7 @@ def test_the_text_of_a_program() -> None:
 %10 = aten.add.Tensor(%7, %9) : f32[2,3]
 return [%8, %10]
 """
+    )
 
 
 def test_content_is_printed_on_request_and_is_no_structure() -> None:
@@ -65,7 +68,9 @@ def test_names_do_not_matter() -> None:
             return self.gain(tokens)  # type: ignore[no-any-return]
 
     plain = program_of(nn.Linear(4, 4), {"input": torch.ones(2, 4)})
-    assert structural_hash(program_of(Renamed(), {"tokens": torch.ones(2, 4)}).exported) == structural_hash(plain.exported)
+    assert structural_hash(program_of(Renamed(), {"tokens": torch.ones(2, 4)}).exported) == structural_hash(
+        plain.exported
+    )
 
 
 def test_structure_matters() -> None:

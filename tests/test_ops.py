@@ -36,7 +36,8 @@ def naive(query: Tensor, sources: list[Tensor], eps: float, scale: float) -> Ten
         powers = [math.exp(logit - largest) for logit in logits]
         for channel in range(sources[0].shape[-1]):
             mixed = sum(power * float(source[token][channel]) for power, source in zip(powers, sources, strict=True))
-            out[(*token, channel)] = mixed / sum(powers)
+            index = (*token, channel)
+            out[index] = mixed / sum(powers)
     return out
 
 
@@ -119,13 +120,14 @@ def test_sources_need_not_be_contiguous() -> None:
     assert torch.equal(out, attn_res_read(query, [source.contiguous() for source in turned], 1e-6, 1.0))
 
 
-@pytest.mark.parametrize(("count", "shape"), SHAPES[:3])
+@pytest.mark.parametrize(("count", "shape"), [(1, (4,)), (2, (3, 8)), (3, (2, 3, 4))])
 def test_gradients(count: int, shape: tuple[int, ...]) -> None:
     query, sources = operands(count, shape)
     leaves = [tensor.requires_grad_() for tensor in (query, *sources)]
 
     def read(query: Tensor, *sources: Tensor) -> Tensor:
-        return attn_res_read(query, sources, 1e-3, 0.7)
+        out: Tensor = attn_res_read(query, sources, 1e-3, 0.7)
+        return out
 
     assert torch.autograd.gradcheck(read, leaves)
 
@@ -133,7 +135,7 @@ def test_gradients(count: int, shape: tuple[int, ...]) -> None:
 def test_gradients_reach_what_needs_them() -> None:
     query, sources = operands(3, (2, 4))
     query.requires_grad_()
-    attn_res_read(query, sources, 1e-6, 1.0).square().sum().backward()  # type: ignore[no-untyped-call]
+    attn_res_read(query, sources, 1e-6, 1.0).square().sum().backward()
     assert query.grad is not None
     assert float(query.grad.abs().max()) > 0
     assert all(source.grad is None for source in sources)
@@ -143,7 +145,8 @@ def test_second_derivatives() -> None:
     query, sources = operands(2, (2, 4))
 
     def read(query: Tensor, *sources: Tensor) -> Tensor:
-        return attn_res_read(query, sources, 1e-3, 0.7)
+        out: Tensor = attn_res_read(query, sources, 1e-3, 0.7)
+        return out
 
     assert torch.autograd.gradgradcheck(read, [tensor.requires_grad_() for tensor in (query, *sources)])
 

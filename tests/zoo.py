@@ -62,7 +62,7 @@ class Spec:
     shared: bool = False
     dropout: float = 0.0
     flat_mlp: bool = False
-    last_token: Literal["no", "norm", "stream"] = "no"
+    cut: Literal["no", "norm", "stream"] = "no"
     extra_norm: bool = False
     raw_reader: Literal["none", "probe", "output"] = "none"
 
@@ -311,12 +311,16 @@ class Transformer(nn.Module):
             x = layer(x)
             if index == 0:
                 extra = self.extras(x)
-        if self.spec.last_token == "stream":
+        if self.spec.cut == "stream":
             x = x[:, -1:]
         x = self.norm(x)
-        if self.spec.last_token == "norm":
+        if self.spec.cut == "norm":
             x = x[:, -1]
         return (self.head(x), *extra)
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks in order; a shared one stands there several times."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
     def extras(self, x: Tensor, shrink: float = 1.0) -> list[Tensor]:
         """Return the results of the readers behind the first block."""

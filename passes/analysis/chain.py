@@ -51,7 +51,14 @@ class Write:
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain of writes from its origin; ``states[i + 1]`` is the sum after ``writes[i]``."""
+    """A chain of writes from its origin; ``states[i + 1]`` is the sum after ``writes[i]``.
+
+    Attributes:
+        origin: Where it starts.
+        writes: The additions, in order.
+        post_norms: Norms on the skip path, which normalise the sum itself.
+        states: The origin and the result of every write.
+    """
 
     origin: torch.fx.Node
     writes: tuple[Write, ...] = ()
@@ -78,11 +85,14 @@ def longest_chain(exported: ExportedProgram, norms: list[Norm]) -> tuple[Chain |
 
     A stream counts if it has at least half the longest one's writes and shares none of them.
     """
-    search = _Search(exported.graph, norms)
-    chains = search.chains
-    best = max(chains.values(), key=lambda chain: len(chain.writes), default=None)
-    if best is None or len(best.writes) < _MINIMUM:
+    chains = _Search(exported.graph, norms).chains
+    longest = max(chains.values(), key=lambda chain: len(chain.writes), default=None)
+    if longest is None or len(longest.writes) < _MINIMUM:
         return None, 0
+    # Behind a last norm, or inside a branch, a model may go on with additions of another kind.
+    sums = [chain for chain in chains.values() if not chain.post_norms]
+    plain = max(sums, key=lambda chain: len(chain.writes))
+    best = plain if len(plain.writes) >= max(_MINIMUM, len(longest.writes) / 2) else longest
     return best, 1 + _others(best, chains)
 
 
@@ -96,11 +106,10 @@ class _Search:
         for node in graph.nodes:
             if not _is_addition(node):
                 continue
-            # The skip is the operand with the longer chain below it.
-            found = [self._extend(node, side) for side in (0, 1)]
-            longest = max((chain for chain in found if chain), key=lambda chain: len(chain.writes), default=None)
-            if longest is not None:
-                self.chains[node] = longest
+            # The skip is the operand with the longer chain below it, and rather a sum than a norm of one.
+            found = [chain for side in (0, 1) if (chain := self._extend(node, side)) is not None]
+            if found:
+                self.chains[node] = max(found, key=lambda chain: (not chain.post_norms, len(chain.writes)))
 
     def _extend(self, node: torch.fx.Node, side: int) -> Chain | None:
         """Return the chain that ends in an addition whose operand number ``side`` is the skip."""

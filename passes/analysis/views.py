@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from depthwire.passes._match import TRANSPARENT, argument, aten, is_call, is_float, scalar, uses_values, value
+from depthwire.passes._match import TRANSPARENT, VIEWS, argument, aten, is_call, is_float, scalar, uses_values, value
 
 _RESHAPES = (
+    *VIEWS,
     aten.reshape.default,
-    aten.view.default,
-    aten._unsafe_view.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.squeeze.dim,

@@ -99,6 +99,12 @@ def named(edit: GraphEditor, *targets: object) -> list[torch.fx.Node]:
     return [node for node in edit.graph.nodes if node.op == "call_function" and node.target in targets]
 
 
+def sources_of(read: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the sources of an AttnRes read."""
+    sources: Any = read.args[1]
+    return list(sources)
+
+
 class _Recorder(torch.fx.Interpreter):
     def __init__(self, module: torch.fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)

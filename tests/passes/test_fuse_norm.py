@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from depthwire.passes.fuse_norm import FuseNorm
 from depthwire.passes.remove_noops import RemoveNoops
-from depthwire.program import Program
 from tests.passes.parity import apply, assert_parity, check_golden, named, sabotaged
 from tests.zoo import NORMS, Norm, NormKind, Spec, build, inputs, program_of
+
+if TYPE_CHECKING:
+    from depthwire.program import Program
 
 aten = torch.ops.aten
 SPELLED = [kind for kind in NORMS if kind not in ("rms", "layer")]

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from depthwire.errors import PassError, UsageError
-from depthwire.passes._edit import GraphEditor
 from depthwire.passes._pipeline import Pipeline
 from depthwire.passes.lift_attn_res import READ, LiftAttnRes
 from depthwire.passes.partition import Partition
 from depthwire.passes.standard import canonical_pipeline
-from tests.passes.parity import apply, assert_parity, check_golden, error, named, run, sabotaged
+from tests.passes.parity import apply, assert_parity, check_golden, error, named, run, sabotaged, sources_of
 from tests.zoo import NORMS, NormKind, Spec, build, captured, inputs, program_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from depthwire.passes._edit import GraphEditor
     from depthwire.program import Program
 
 aten = torch.ops.aten
@@ -157,7 +157,7 @@ def test_ensures_names_what_is_wrong() -> None:
 
     def twice(edit: GraphEditor) -> None:
         read = named(edit, READ)[0]
-        edit.set_arg(read, 1, [*read.args[1], read.args[1][0]])
+        edit.set_arg(read, 1, [*sources_of(read), sources_of(read)[0]])
 
     def raw(edit: GraphEditor) -> None:
         read = named(edit, READ)[0]
@@ -185,23 +185,23 @@ def wrong_count(edit: GraphEditor) -> None:
 
 def wrong_scale(edit: GraphEditor) -> None:
     read = named(edit, READ)[1]
-    edit.set_arg(next(iter(read.users)), 1, float(len(read.args[1]) + 1))
+    edit.set_arg(next(iter(read.users)), 1, float(len(sources_of(read)) + 1))
 
 
 def dropped_source(edit: GraphEditor) -> None:
     read = named(edit, READ)[2]
-    edit.set_arg(read, 1, list(read.args[1])[:-1])
+    edit.set_arg(read, 1, sources_of(read)[:-1])
 
 
 def duplicated_source(edit: GraphEditor) -> None:
     read = named(edit, READ)[2]
-    edit.set_arg(read, 1, [*read.args[1], read.args[1][0]])
+    edit.set_arg(read, 1, [*sources_of(read), sources_of(read)[0]])
 
 
 def exchanged_source(edit: GraphEditor) -> None:
     """Give the last read the partial sum of the one before."""
     earlier, later = named(edit, READ)[-2:]
-    edit.set_arg(later, 1, [*list(later.args[1])[:-1], earlier.args[1][-1]])
+    edit.set_arg(later, 1, [*sources_of(later)[:-1], sources_of(earlier)[-1]])
 
 
 def perturbed_query(edit: GraphEditor) -> None:
@@ -239,7 +239,7 @@ def test_the_order_of_sources_within_a_read_does_not_matter() -> None:
 
     def reverse(edit: GraphEditor) -> None:
         for read in named(edit, READ):
-            edit.set_arg(read, 1, list(read.args[1])[::-1])
+            edit.set_arg(read, 1, sources_of(read)[::-1])
             query = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
             edit.set_parameter(f"attn_res.query.{read.name.rpartition('_')[2]}", query)
 

@@ -60,7 +60,7 @@ class Edit(Pass):
         return PassResult(edit.finish(), self.rewrites)
 
 
-def nothing(edit: GraphEditor, tanh: torch.fx.Node) -> None:
+def nothing(*_: object) -> None:
     """Leave all as it is."""
 
 
@@ -96,7 +96,7 @@ def constant(edit: GraphEditor, tanh: torch.fx.Node) -> None:
     edit.replace(tanh, edit.call(aten.mul.Tensor, (tanh.args[0], value), before=tanh, like=tanh))
 
 
-def output_dtype(edit: GraphEditor, tanh: torch.fx.Node) -> None:
+def output_dtype(edit: GraphEditor, _: torch.fx.Node) -> None:
     last = named(edit, aten.add.Tensor)[-1]
     cast = edit.call(aten.to.dtype, (last, torch.float32), before=last.next, like=last)
     output = next(node for node in edit.graph.nodes if node.op == "output")
@@ -195,7 +195,9 @@ def _reshape_weight(program: Program) -> Program:
         (_drop_value, "sin has no recorded value"),
     ],
 )
-def test_a_program_changed_behind_the_editor_is_named(program: Program, change: Callable[[Program], Program], text: str) -> None:
+def test_a_program_changed_behind_the_editor_is_named(
+    program: Program, change: Callable[[Program], Program], text: str
+) -> None:
     with pytest.raises(InternalError) as caught:
         Pipeline((Meddle(change),)).run(program)
     assert text in str(caught.value.got)
@@ -226,7 +228,7 @@ def test_a_promise_is_checked_on_the_result(program: Program) -> None:
 
 
 def test_a_crash_names_the_pass_and_those_before_it(program: Program) -> None:
-    def crash(edit: GraphEditor, tanh: torch.fx.Node) -> None:
+    def crash(*_: object) -> None:
         raise KeyError("boom")
 
     with pytest.raises(InternalError) as caught:
@@ -237,7 +239,7 @@ def test_a_crash_names_the_pass_and_those_before_it(program: Program) -> None:
 
 
 def test_a_refusal_is_passed_on_as_it_is(program: Program) -> None:
-    def refuse(edit: GraphEditor, tanh: torch.fx.Node) -> None:
+    def refuse(*_: object) -> None:
         raise PassError("structure.example", "no")
 
     with pytest.raises(PassError) as caught:
@@ -250,7 +252,10 @@ def test_history_progress_and_the_program_given(program: Program) -> None:
     lines: list[str] = []
     after = Pipeline((RemoveNoops(), Edit(sine))).run(program, progress=lines.append)
     assert lines == ["remove_noops: 0 rewrites, 0 declines", "canonicalize_small: 1 rewrites, 0 declines"]
-    assert [(record.name, record.rewrites) for record in after.history] == [("remove_noops", 0), ("canonicalize_small", 1)]
+    assert [(record.name, record.rewrites) for record in after.history] == [
+        ("remove_noops", 0),
+        ("canonicalize_small", 1),
+    ]
     assert after.history[1].options["rewrites"] == 1
     assert all(record.seconds > 0 for record in after.history)
     assert to_text(program.exported) == text
@@ -300,12 +305,12 @@ def test_unused_weights_and_inputs_keep_their_place() -> None:
             super().__init__()
             self.unused = nn.Parameter(torch.ones(2))
 
-        def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+        def forward(self, x: Tensor, _unused: Tensor) -> Tensor:
             return torch.tanh(x * 1.0)
 
-    program = program_of(Module(), {"x": torch.randn(2), "unused": torch.randn(3)})
+    program = program_of(Module(), {"x": torch.randn(2), "_unused": torch.randn(3)})
     after = RemoveNoops().run(program).program
-    assert after.input_names == ("x", "unused")
+    assert after.input_names == ("x", "_unused")
     assert "unused" in after.exported.state_dict
 
 

@@ -59,7 +59,7 @@ def specs(draw: st.DrawFn, *, liftable: bool = False) -> Spec:
         "shared": draw(st.booleans()),
         "dropout": draw(st.sampled_from([0.0, 0.1])),
         "flat_mlp": draw(st.booleans()) and block == "sequential",
-        "last_token": draw(st.sampled_from(["no", "norm", "stream"])),
+        "cut": draw(st.sampled_from(["no", "norm", "stream"])),
         "extra_norm": draw(st.booleans()),
         "raw_reader": "none" if liftable or placement != "pre" else draw(st.sampled_from(["none", "probe", "output"])),
     }

@@ -13,8 +13,9 @@ from depthwire.passes._pipeline import Pipeline
 from depthwire.passes.analysis.residual_stream import find_residual_stream
 from depthwire.passes.lift_attn_res import READ, LiftAttnRes
 from depthwire.passes.partition import Partition
+from depthwire.passes.queries import QUERY_PREFIX
 from depthwire.passes.standard import canonical_pipeline, standard_pipeline
-from tests.passes.parity import FP64, assert_parity, error, node_values, run, runner
+from tests.passes.parity import FP64, assert_parity, error, node_values, run, runner, sources_of
 from tests.property.strategies import fixed, specs
 from tests.zoo import Spec, Transformer, build, captured, inputs, program_of, truth
 
@@ -67,7 +68,7 @@ def attn_res(
         h = read(queries[index], sources, norm_eps)
         return (h, float(len(sources) ** 2)) if correction == "eps" else (h * len(sources), 1.0)
 
-    for position, layer in enumerate(model.layers):
+    for position, layer in enumerate(model.blocks()):
         for step in layer.steps():
             if starts[index] and partial is not None:
                 bank, partial = [*bank, partial], None
@@ -81,9 +82,9 @@ def attn_res(
                 partial = written if partial is None else partial + written
             index += 1
     h, shrink = mixed()
-    h = h[:, -1:] if spec.last_token == "stream" else h
+    h = h[:, -1:] if spec.cut == "stream" else h
     h = model.norm(h, shrink)
-    h = h[:, -1] if spec.last_token == "norm" else h
+    h = h[:, -1] if spec.cut == "norm" else h
     return [model.head(h), *extra]
 
 
@@ -96,15 +97,15 @@ def reads(program: Program) -> dict[int, torch.fx.Node]:
     return {int(node.name.rpartition("_")[2]): node for node in found}
 
 
-def with_random_queries(program: Program, scale: float = 1.0) -> tuple[Program, dict[int, Tensor]]:
+def with_random_queries(program: Program) -> tuple[Program, dict[int, Tensor]]:
     generator = torch.Generator().manual_seed(11)
-    state = dict(program.exported.state_dict)
-    queries = {}
-    for key in state:
-        if key.startswith("attn_res.query."):
-            state[key] = scale * torch.randn(state[key].shape, dtype=state[key].dtype, generator=generator)
-            queries[int(key.rpartition(".")[2])] = state[key]
-    return program.with_state(state), queries
+    trained = {
+        key: torch.randn(old.shape, dtype=old.dtype, generator=generator)
+        for key, old in program.exported.state_dict.items()
+        if key.startswith(QUERY_PREFIX)
+    }
+    queries = {int(key.removeprefix(QUERY_PREFIX)): query for key, query in trained.items()}
+    return program.with_state({**program.exported.state_dict, **trained}), queries
 
 
 def check_sources(canonical: Program, lifted: Program, spec: Spec, partition: str) -> None:
@@ -116,7 +117,7 @@ def check_sources(canonical: Program, lifted: Program, spec: Spec, partition: st
     found = reads(lifted)
     assert sorted(found) == list(range(1, len(stream.states)))
     for index, node in found.items():
-        sources = [after[source.name] for source in node.args[1]]
+        sources = [after[source.name] for source in sources_of(node)]
         assert len(sources) == 1 + sum(starts[:index])
         torch.testing.assert_close(sum(sources), before[stream.states[index].node.name], rtol=0, atol=1e-11)
         if spec.skip_scale == 1.0 and not spec.flat_mlp:
@@ -169,7 +170,7 @@ def test_source_counts_of_layer_blocks(block: Literal["sequential", "parallel-tw
     layers = 5
     _, program = captured(Spec(layers=layers, block=block))
     found = reads(lift(program, f"block-layers:{size}", "eps"))
-    counts = {index: len(node.args[1]) for index, node in found.items()}
+    counts = {index: len(sources_of(node)) for index, node in found.items()}
     per_layer = 2 if block == "sequential" else 1
     expected = {per_layer * layer: math.ceil(layer / size) + 1 for layer in range(1, layers)}
     if per_layer == 2:
@@ -183,7 +184,7 @@ def test_source_counts_of_blocks(count: int, blocks: int) -> None:
     _, program = captured(Spec(layers=count // 2))
     found = reads(lift(program, f"block:{blocks}", "eps"))
     starts = [number * count // blocks for number in range(blocks)]
-    assert {index: len(node.args[1]) for index, node in found.items()} == {
+    assert {index: len(sources_of(node)) for index, node in found.items()} == {
         index: 1 + sum(start < index for start in starts) for index in range(1, count + 1)
     }
 

@@ -1,0 +1,1 @@
+"""Reference models and learned parts; none in this version."""

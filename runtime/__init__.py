@@ -1,0 +1,1 @@
+"""Running, comparing and building: everything that happens to a written artefact."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("depthwire", "passes", "export", "runtime", "models")
 LONGEST = {"tests": 450}
-SHARED = ("depthwire.errors", "depthwire.program", "depthwire.ir_text", "depthwire.ops")
+SHARED = ("depthwire.errors", "depthwire.program", "depthwire.ir_text", "depthwire.ops", "depthwire._mapped")
 
 
 def files(*folders: str) -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -346,9 +345,8 @@ def inputs(*, seed: int = 0, batch: int = BATCH, length: int = LENGTH) -> Tensor
 def program_of(module: nn.Module, examples: Mapping[str, Tensor] | Tensor) -> Program:
     """Capture a module with ``torch.export``: functional, static shapes."""
     named = {"ids": examples} if isinstance(examples, Tensor) else dict(examples)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-        exported = torch.export.export(module, tuple(named.values()), strict=False).run_decompositions({})
+    with torch.no_grad():
+        exported = torch.export.export(module, tuple(named.values()), strict=False)
     count = len(exported.graph_signature.user_outputs)
     source = Source("module", type(module).__name__)
     return Program(exported, source, named, tuple(f"output_{index}" for index in range(count)))

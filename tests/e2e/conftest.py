@@ -18,6 +18,16 @@ def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProces
 
 
 @pytest.fixture(scope="session")
+def short_artifact(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model at 128 tokens, for the tests that verify again and again."""
+    out = tmp_path_factory.mktemp("short") / "artifact"
+    arguments = ("--attn-res", "block:8", "--seq-len", "128", "--text", TEXT, "--windows", "1", "--target", "rtx")
+    done = run("convert", smollm2_dir, *arguments, "--no-build", "-o", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
 def smollm2_artifact(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M lifted to Block AttnRes with eight blocks, exported and verified on four windows of real text."""
     out = tmp_path_factory.mktemp("smollm2") / "artifact"

@@ -137,24 +137,24 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_sabotaged_graph_fails_and_the_layer_is_named(fault: str, smollm2_artifact: Path, tmp_path: Path) -> None:
+def test_a_sabotaged_graph_fails_and_the_layer_is_named(fault: str, short_artifact: Path, tmp_path: Path) -> None:
     sabotage, module = FAULTS[fault]
-    broken = sabotaged(smollm2_artifact, tmp_path / "broken", sabotage)
+    broken = sabotaged(short_artifact, tmp_path / "broken", sabotage)
     done = run("verify", broken, "--windows", "1", "--json")
     assert done.returncode == 7, done.stderr
     assert module in done.stdout + done.stderr
 
 
-def test_the_order_of_sources_does_not_matter(smollm2_artifact: Path, tmp_path: Path) -> None:
-    same = sabotaged(smollm2_artifact, tmp_path / "same", reverse_sources(40))
+def test_the_order_of_sources_does_not_matter(short_artifact: Path, tmp_path: Path) -> None:
+    same = sabotaged(short_artifact, tmp_path / "same", reverse_sources(40))
     graph = onnx.load(same / "model.onnx", load_external_data=False).graph
     assert len(reads(graph)) == 60
     done = run("verify", same, "--goldens-only")
     assert done.returncode == 0, done.stderr
 
 
-def test_one_changed_byte_is_found(smollm2_artifact: Path, tmp_path: Path) -> None:
-    copy = sabotaged(smollm2_artifact, tmp_path / "copy", lambda _: None)
+def test_one_changed_byte_is_found(short_artifact: Path, tmp_path: Path) -> None:
+    copy = sabotaged(short_artifact, tmp_path / "copy", lambda _: None)
     weights = copy / "model.onnx.data"
     data = bytearray(weights.read_bytes())
     weights.unlink()

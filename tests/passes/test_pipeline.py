@@ -73,7 +73,7 @@ def wrong_value(edit: GraphEditor, tanh: torch.fx.Node) -> None:
     named(edit, aten.sin.default)[0].meta["val"] = tanh.meta["val"].new_empty(2, 4)
 
 
-def wrong_value_of_an_old_node(edit: GraphEditor, tanh: torch.fx.Node) -> None:
+def wrong_value_of_an_old_node(_: GraphEditor, tanh: torch.fx.Node) -> None:
     tanh.meta["val"] = tanh.meta["val"].to(torch.float32)
 
 

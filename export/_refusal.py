@@ -30,19 +30,16 @@ _GENERAL = "Make forward exportable (torch.export.export(module, args) must succ
 
 @contextmanager
 def silent_torch() -> Iterator[None]:
-    """Keep torch's log handlers still: it prints a traceback for each failure that it also raises."""
-    handlers = list(logging.getLogger("torch").handlers)
-    for handler in handlers:
-        handler.addFilter(_nothing)
+    """Keep the logs still: torch prints a traceback for each failure that it also raises.
+
+    Some of torch's loggers bring handlers of their own, made when first used, so nothing less than this reaches all.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(_nothing)
-
-
-def _nothing(_: logging.LogRecord) -> bool:
-    return False
+        logging.disable(before)
 
 
 def export_refused(error: Exception, root: nn.Module | None) -> CaptureError:

@@ -343,7 +343,7 @@ def inputs(*, seed: int = 0, batch: int = BATCH, length: int = LENGTH) -> Tensor
 
 
 def program_of(module: nn.Module, examples: Mapping[str, Tensor] | Tensor) -> Program:
-    """Capture a module with ``torch.export``: functional, static shapes."""
+    """Capture a module with ``torch.export``; modules here change nothing in place, so the program is functional."""
     named = {"ids": examples} if isinstance(examples, Tensor) else dict(examples)
     with torch.no_grad():
         exported = torch.export.export(module, tuple(named.values()), strict=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from depthwire.passes._match import aten, is_call, is_float, same_shape, scalar, value
+from depthwire.passes._match import TRANSPARENT, aten, is_call, is_float, same_shape, scalar, value
 from depthwire.passes.analysis.views import factor, viewed
 
 if TYPE_CHECKING:
@@ -117,16 +117,18 @@ class _Search:
         branch: Any = node.args[1 - side]
         path = self._path(skip)
         norm = self._by_output.get(path[-1])
+        below = None if norm is None else self.chains.get(self._path(norm.source)[-1])
         if path[-1] in self.chains:
             chain = self.chains[path[-1]]
-        elif norm is not None and norm.source in self.chains:  # post-norm: the sum itself was normalised
-            below = self.chains[norm.source]
+        elif norm is not None and below is not None:  # post-norm: the sum itself was normalised
             chain = Chain(below.origin, below.writes, (*below.post_norms, norm), below.states)
         else:
             # A stream starts where its readers read it: x = 16 · embedding, not the embedding.
             start = next((index for index, view in enumerate(path) if self._depends(branch, view)), None)
             if start is None:
                 return None
+            while is_call(path[start], *TRANSPARENT):  # readers before and after a cast or copy read one value
+                start += 1
             path = path[: start + 1]
             chain = Chain(path[-1], states=(path[-1],))
         alpha = scalar(node.kwargs.get("alpha", 1)) or 0.0

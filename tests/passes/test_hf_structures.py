@@ -35,6 +35,7 @@ ACCEPTED: dict[str, tuple[str, dict[str, Any], list[str], list[int]]] = {
     "qwen3": ("Qwen3ForCausalLM", {**GATED, "head_dim": 8}, SEQUENTIAL, [1] * 5),
     "mistral": ("MistralForCausalLM", GATED, SEQUENTIAL, [1] * 5),
     "gemma2": ("Gemma2ForCausalLM", {**GATED, "head_dim": 8}, SEQUENTIAL, [1] * 5),
+    "gemma3": ("Gemma3ForCausalLM", {**GATED, "head_dim": 8}, SEQUENTIAL, [1] * 5),
     "phi3": ("Phi3ForCausalLM", {**GATED, **NO_TOKENS}, SEQUENTIAL, [1] * 5),
     "phi": ("PhiForCausalLM", {**SIZES, "intermediate_size": 48}, PARALLEL, [1] * 3),
     "gpt2": ("GPT2LMHeadModel", GPT, SEQUENTIAL, [1] * 5),
@@ -47,6 +48,15 @@ ACCEPTED: dict[str, tuple[str, dict[str, Any], list[str], list[int]]] = {
         PARALLEL,
         [2, 2, 1],
     ),
+    "falcon-sequential": (
+        "FalconForCausalLM",
+        {**SIZES, "parallel_attn": False, "alibi": True, "multi_query": False},
+        SEQUENTIAL,
+        [1] * 5,
+    ),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {**GPT, **NO_TOKENS}, SEQUENTIAL, [1] * 5),
+    "stablelm": ("StableLmForCausalLM", {**GATED, **NO_TOKENS}, SEQUENTIAL, [1] * 5),
+    "mpt": ("MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 67}, SEQUENTIAL, [1] * 5),
     "smollm3": ("SmolLM3ForCausalLM", {**GATED, **NO_TOKENS}, SEQUENTIAL, [1] * 5),
     "opt": ("OPTForCausalLM", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}, SEQUENTIAL, [1] * 5),
     "qwen3-moe": (
@@ -88,6 +98,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
         {**SIZES, "intermediate_size": 48, "max_position_embeddings": 40},
         "structure.post-norm",
         "encoder.layer.0.attention.output.LayerNorm",
+    ),
+    "opt-post-norm": (
+        "OPTForCausalLM",
+        {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        "structure.post-norm",
+        "model.decoder.layers.0.self_attn_layer_norm",
     ),
     "olmo2": (
         "Olmo2ForCausalLM",

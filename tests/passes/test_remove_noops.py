@@ -58,15 +58,15 @@ class Kept(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "target"),
     [
-        ("cast", aten._to_copy.default),
+        ("cast", aten.to.dtype),
         ("promotion", aten.mul.Tensor),
-        ("layout", aten.clone.default),
+        ("layout", aten.contiguous.default),
         ("slice", aten.slice.Tensor),
         ("step", aten.slice.Tensor),
         ("factor", aten.mul.Tensor),
         ("offset", aten.add.Tensor),
         ("expand", aten.expand.default),
-        ("reshape", aten.view.default),
+        ("reshape", aten.reshape.default),
     ],
 )
 def test_what_does_something_stays(kind: str, target: object) -> None:

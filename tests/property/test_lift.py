@@ -124,7 +124,7 @@ def check_sources(canonical: Program, lifted: Program, spec: Spec, partition: st
             assert torch.equal(sources[0], before[stream.origin.name])
 
 
-@fixed(16)
+@fixed(14)
 @given(
     spec=specs(liftable=True),
     partition=st.sampled_from(PARTITIONS),

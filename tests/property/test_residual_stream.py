@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from depthwire.passes.analysis.residual_stream import ResidualStream, find_residual_stream
@@ -64,11 +65,25 @@ def check_sum(spec: Spec, stream: ResidualStream, program: Program) -> None:
     assert all(write.scale == scale for sublayer in stream.sublayers for write in sublayer.writes)
 
 
-@fixed(25)
-@given(spec=specs(), canonical=st.booleans())
-def test_the_analysis_finds_what_is_there(spec: Spec, canonical: bool) -> None:
+def functional(program: Program) -> Program:
+    """The program as torch functionalises it, with other operators for copies, casts and reshapes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        return program.replace(exported=program.exported.run_decompositions({}))
+
+
+@fixed(20)
+@example(
+    spec=Spec(norm="rms-hf", block="parallel-two", multiplier=4.0, mlp="swiglu", hidden=16, dropout=0.1),
+    form="exported",
+)
+@given(spec=specs(), form=st.sampled_from(["exported", "functional", "canonical"]))
+def test_the_analysis_finds_what_is_there(spec: Spec, form: str) -> None:
     model, program = captured(spec)
-    program = canonical_pipeline().run(program) if canonical else program
+    if form == "functional":
+        program = functional(program)
+    if form == "canonical":
+        program = canonical_pipeline().run(program)
     stream = check_structure(spec, model, program)
     if spec.placement in ("pre", "sandwich"):
         check_sum(spec, stream, program)

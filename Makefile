@@ -33,7 +33,7 @@ test: $(READY) $(MODEL)/config.json ## Lint, type-check and run every test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p depthwire
 	$(BIN)/mypy tests benchmarks tools
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile -p no:randomly
 
 lint: $(READY)  ## Lint and type-check only
 	$(BIN)/ruff check .

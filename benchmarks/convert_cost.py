@@ -9,15 +9,17 @@ own figures beside them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks._report import report
+from benchmarks._report import common_arguments, report
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _PLAIN = """
 import sys, torch
@@ -63,12 +65,7 @@ def measure(code: str, source: Path, length: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    root = Path(__file__).resolve().parent.parent
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=root / ".cache" / "models" / "smollm2-135m-instruct")
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = common_arguments(__doc__, runs=3).parse_args()
     weights = sum(file.stat().st_size for file in arguments.model.glob("*.safetensors"))
     sides: dict[str, list[tuple[float, float]]] = {"plain": [], "depthwire": []}
     for _ in range(arguments.runs):

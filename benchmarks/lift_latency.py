@@ -8,7 +8,6 @@ Prints ``lift_latency_ratio`` for Block (8 blocks) and Full AttnRes, with the pl
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 import depthwire
-from benchmarks._report import report
+from benchmarks._report import common_arguments, report
 
 _FORMS = {"plain": None, "block:8": "block:8", "full": "full"}
 
@@ -33,11 +32,7 @@ def session(model: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 def main() -> None:
-    root = Path(__file__).resolve().parent.parent
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=root / ".cache" / "models" / "smollm2-135m-instruct")
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=15)
+    parser = common_arguments(__doc__, runs=15)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     ids = np.random.default_rng(0).integers(0, 1000, (1, arguments.seq_len))

@@ -35,11 +35,7 @@ class _Run:
     target: Target
     stages: Stages
     original: Program
-    done: _flow.Rewritten
-
-    @property
-    def rewritten(self) -> Program:
-        return self.done.program
+    rewritten: _flow.Rewritten
 
 
 def convert(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples: Examples) -> Result:
@@ -47,8 +43,8 @@ def convert(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examp
     out = check_out(recipe.out, force=force)
     target = _target(recipe)
     original = _flow.capture_stage(source, recipe, stages, examples)
-    done = _flow.rewrite_stage(original, recipe, target, stages)
-    run = _Run(out, recipe, target, stages, original, done)
+    rewritten = _flow.rewrite_stage(original, recipe, target, stages)
+    run = _Run(out, recipe, target, stages, original, rewritten)
     with removed_unless_vouched(out):
         windows, artifact = _export_stages(run)
         return _prove_and_build(run, artifact, windows)
@@ -69,7 +65,7 @@ def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
     """Run the original on the goldens' windows, translate the rewritten program, write both."""
     recipe, stages = run.recipe, run.stages
     opset = recipe.opset or run.target.opset
-    needed = sum(bytes_by_part(run.rewritten, recipe).values())
+    needed = sum(bytes_by_part(run.rewritten.program, recipe).values())
     require_space(run.out, needed)
     with stages.stage("goldens") as stage:
         from depthwire.export.goldens import make_goldens
@@ -83,15 +79,15 @@ def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
         from depthwire.export.write import write_artifact
 
         stage.update("translating")
-        model = to_onnx(run.rewritten, opset=opset)
+        model = to_onnx(run.rewritten.program, opset=opset)
         artifact = write_artifact(
             run.out,
             original=run.original,
-            rewritten=run.rewritten,
+            rewritten=run.rewritten.program,
             model=model,
             goldens=goldens,
             recipe=recipe.resolved(),
-            checkpoints=run.done.checkpoints,
+            checkpoints=run.rewritten.checkpoints,
             progress=lambda done, total: stage.progress("writing weights", done / max(total, 1)),
         )
         stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
@@ -108,7 +104,7 @@ def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -
         if recipe.verify.enabled:
             # A file of inputs says itself how many windows there are.
             chosen = windows if recipe.goldens.inputs is not None else windows[: recipe.verify.windows]
-            verdict = verify_stage(artifact, run.original, run.rewritten, chosen, stages)
+            verdict = verify_stage(artifact, run.original, run.rewritten.program, chosen, stages)
         if recipe.build.enabled and has_engine(run.target):
             engine = build_stage(artifact, run.target, recipe.build, stages)
     except VerificationError as error:
@@ -116,7 +112,7 @@ def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -
     except DepthwireError as error:
         failure = error
     verify = None if verdict is None else verdict.as_dict()
-    document = make_report(artifact, stages, structure=run.done.structure, verify=verify, failure=failure)
+    document = make_report(artifact, stages, structure=run.rewritten.structure, verify=verify, failure=failure)
     write_report(artifact, document)
     if failure is not None:
         raise failure
@@ -128,8 +124,7 @@ def plan(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples
     out = None if recipe.out is None else check_out(recipe.out, force=force)
     target = _target(recipe)
     original = _flow.capture_stage(source, recipe, stages, examples)
-    done = _flow.rewrite_stage(original, recipe, target, stages)
-    rewritten = done.program
+    rewritten = _flow.rewrite_stage(original, recipe, target, stages)
     facts = {
         "name": target.name,
         "title": target.title,
@@ -144,9 +139,9 @@ def plan(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples
         recipe=recipe,
         source=_flow.source_dict(original),
         target=facts,
-        structure=done.structure,
-        passes=_flow.passes_list(rewritten),
-        bytes_by_part=bytes_by_part(rewritten, recipe),
+        structure=rewritten.structure,
+        passes=_flow.passes_list(rewritten.program),
+        bytes_by_part=bytes_by_part(rewritten.program, recipe),
         free_bytes=None if out is None else free_bytes(out),
         stages=stages,
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from depthwire.passes.analysis.residual_stream import ResidualStream
     from depthwire.program import Program
     from depthwire.runtime.target import Target
     from depthwire.stages import Stages
@@ -114,18 +115,19 @@ def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stage
                 todo="Report this.",
             )
         canonical = front.run(program, progress=stage.update)
-        structure, points = _structure(canonical), checkpoints(canonical)
+        stream = _stream(canonical)
         rewritten = Pipeline(passes[count:]).run(canonical, progress=stage.update)
         done = [f"{record.name} {record.rewrites}" for record in rewritten.history if record.rewrites]
         stage.detail = ": ".join(part for part in (stage.detail, ", ".join(done)) if part)
-        return Rewritten(rewritten, structure, points)
+        structure = None if stream is None else stream.as_dict()
+        return Rewritten(rewritten, structure, checkpoints(canonical, stream))
 
 
-def _structure(canonical: Program) -> dict[str, Any] | None:
+def _stream(canonical: Program) -> ResidualStream | None:
     from depthwire.passes.analysis.residual_stream import find_residual_stream
 
     try:
-        return find_residual_stream(canonical).as_dict()
+        return find_residual_stream(canonical)
     except PassError:
         return None  # a model without a stream converts as it is; a lift would have named the reason itself
 

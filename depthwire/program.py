@@ -50,10 +50,10 @@ class Source:
     tokenizer: str | None = None
 
     def tokenizer_reference(self) -> str | None:
-        """Return where the tokenizer lies, for a program that is saved and captured again."""
+        """Return where the tokenizer lies: a Hugging Face directory, a cached id or a ``.gguf`` file, if anywhere."""
         if self.kind == "gguf":
-            path = Path(self.reference)
-            return str(path / next(iter(self.sha256))) if path.is_dir() and self.sha256 else self.reference
+            path = Path(self.reference).expanduser()
+            return str(path if path.is_file() else path / next(iter(self.sha256)))
         return self.reference if self.kind == "huggingface" else self.tokenizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import zipfile
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -13,13 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from depthwire._logs import logs_disabled
 from depthwire.artifact import sha256_file
 from depthwire.errors import CaptureError
 from depthwire.export._outputs import named_tensors
 from depthwire.export._pt2_archive import Archive, invalid, unsafe
 from depthwire.export._pt2_graph import check_model, check_payloads
 from depthwire.export._pt2_rules import Refused
-from depthwire.export._refusal import silent_torch
 from depthwire.export._torch_export import functional, require_static
 from depthwire.program import METADATA, Program, Source
 
@@ -49,7 +50,9 @@ def capture_pt2(file: Path, options: CaptureOptions, *, reference: str) -> Progr
     leaves = [torch.empty(0) for _ in exported.graph_signature.user_outputs]
     spec = exported.call_spec.out_spec
     names = tuple(name for name, _ in named_tensors(tree_unflatten(leaves, spec)))
-    if len(metadata.output_names) == len(names):
+    if metadata.output_names:
+        if len(set(metadata.output_names)) != len(names) or len(metadata.output_names) != len(names):
+            raise invalid(file, f"{METADATA} names the outputs {metadata.output_names}, the program has {len(names)}")
         names = tuple(metadata.output_names)
     source = Source(
         "pt2",
@@ -93,7 +96,7 @@ def load_pt2(file: Path) -> tuple[ExportedProgram, _Metadata]:
     with file.open("rb") as opened:
         archive = Archive(file, opened)
         name = _program_name(archive)
-        types = _check_documents(archive, name)
+        types, metadata = _check_documents(archive, name), _metadata(archive)
         _check_sample_inputs(archive, f"data/sample_inputs/{name}.pt")
         _register_types(types)
         # Below torch.export.load, which falls back to the unpickling loader of the older format.
@@ -101,12 +104,11 @@ def load_pt2(file: Path) -> tuple[ExportedProgram, _Metadata]:
 
         archive.file.seek(0)
         try:
-            with silent_torch():
+            with logs_disabled(logging.CRITICAL):
                 contents = _package.load_pt2(cast("IO[bytes]", archive.file))
         except Exception as error:
             lines = str(error).splitlines()
             raise invalid(file, f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}") from error
-        metadata = _metadata(archive)
     return contents.exported_programs[name], metadata
 
 

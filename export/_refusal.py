@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import linecache
-import logging
 import traceback
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,6 @@ from torch import nn
 from depthwire.errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import FrameType
 
 _HERE = Path(__file__).resolve().parent
@@ -26,20 +23,6 @@ _DATA_DEPENDENT = (
     "and operations whose output size depends on values by ones of static size."
 )
 _GENERAL = "Make forward exportable (torch.export.export(module, args) must succeed), or capture a part that is."
-
-
-@contextmanager
-def silent_torch() -> Iterator[None]:
-    """Keep the logs still: torch prints a traceback for each failure that it also raises.
-
-    Some of torch's loggers bring handlers of their own, made when first used, so nothing less than this reaches all.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def export_refused(error: Exception, root: nn.Module | None) -> CaptureError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from depthwire.export._hf_files import cached_snapshot
 from depthwire.export._transformers import quiet, require_transformers
 
 if TYPE_CHECKING:
-    from depthwire.program import Source, SourceKind
+    from depthwire.program import Source
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -20,21 +19,18 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         CaptureError: ``capture.no-tokenizer``.
     """
-    if source.kind == "pt2" and source.tokenizer is not None:
-        kind: SourceKind = "gguf" if source.tokenizer.endswith(".gguf") else "huggingface"
-        source = dataclasses.replace(source, kind=kind, reference=source.tokenizer)
-    if source.kind not in ("huggingface", "gguf"):
+    reference = source.tokenizer_reference()
+    if reference is None:
         raise _no_tokenizer(source, f"a {source.kind} source, which has none")
-    require_transformers(source.reference, *(("gguf",) if source.kind == "gguf" else ()))
+    path, options = Path(reference).expanduser(), dict[str, str]()
+    is_gguf = path.suffix.lower() == ".gguf"
+    require_transformers(source.reference, *(("gguf",) if is_gguf else ()))
     from transformers import AutoTokenizer
 
-    path = Path(source.reference).expanduser()
-    options: dict[str, str] = {}
-    if source.kind == "gguf":
-        file = path if path.is_file() else path / next(iter(source.sha256))
-        path, options = file.parent, {"gguf_file": file.name}
+    if is_gguf:
+        path, options = path.parent, {"gguf_file": path.name}
     elif not path.is_dir():
-        path, _ = cached_snapshot(source.reference, source.revision)
+        path, _ = cached_snapshot(reference, source.revision)
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)

@@ -8,6 +8,7 @@ put its attribute's name before each), and the user's object is left as it was.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from depthwire._logs import logs_disabled
 from depthwire.errors import CaptureError, DepthwireError, UsageError
 from depthwire.export._outputs import distinct, named_tensors
-from depthwire.export._refusal import export_refused, silent_torch
+from depthwire.export._refusal import export_refused
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -71,7 +73,8 @@ def export_module(
 
 def _export(view: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], *, grad: bool) -> ExportedProgram:
     try:
-        with torch.set_grad_enabled(grad), silent_torch():
+        # torch logs a traceback for each failure that it also raises.
+        with torch.set_grad_enabled(grad), logs_disabled(logging.CRITICAL):
             return torch.export.export(view, args, kwargs, strict=False)
     except DepthwireError:
         raise
@@ -90,7 +93,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """
     if any(_is_mutable(node) or node.op == "get_attr" for node in exported.graph.nodes):
         try:
-            with warnings.catch_warnings(), silent_torch():
+            with warnings.catch_warnings(), logs_disabled(logging.CRITICAL):
                 # torch 2.13 deep-copies its own deprecated pytree leaves here.
                 warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
                 exported = exported.run_decompositions({})

@@ -1,9 +1,9 @@
 """The one file that reaches below ``torch.onnx.export``: translation of an exported program, node by node.
 
-``torch.onnx.export`` first decomposes the program, which traces it again: 4 of its 8 seconds on a 30-layer decoder,
-and every value gets a new name. Our programs are canonical already, so they go straight to the translation table of
-the same exporter, and ONNX value names equal FX node names. An operator without a translation is decomposed first
-(``decompose_missing``), and only that one.
+``torch.onnx.export`` first decomposes the program, which traces it again, and every value gets a new name. Our
+programs are canonical already, so they go straight to the translation table of the same exporter, and ONNX value
+names equal FX node names. An operator without a translation is decomposed first (``decompose_missing``), and only
+that one.
 
 Written against torch 2.13; the range in pyproject.toml says so.
 """

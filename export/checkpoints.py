@@ -9,28 +9,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from depthwire.artifact import Checkpoint
-from depthwire.errors import PassError
 from depthwire.passes._base import module_path
 from depthwire.passes.analysis.norm import find_norms
-from depthwire.passes.analysis.residual_stream import find_residual_stream
 
 if TYPE_CHECKING:
+    from depthwire.passes.analysis.residual_stream import ResidualStream
     from depthwire.program import Program
 
 
-def checkpoints(canonical: Program) -> list[Checkpoint]:
+def checkpoints(canonical: Program, stream: ResidualStream | None) -> list[Checkpoint]:
     """Return the checkpoints of a program: for every sublayer its normed inputs, then its written branches.
 
     Args:
         canonical: The program after the passes that change no structure.
+        stream: Its residual stream; ``None`` if it has none.
 
     Returns:
         In layer order. Without a residual stream (a program that reads its depth by attention already), every norm
         is a checkpoint and a layer of its own.
     """
-    try:
-        stream = find_residual_stream(canonical)
-    except PassError:
+    if stream is None:
         return [_norm(norm.output, layer) for layer, norm in enumerate(find_norms(canonical.exported))]
     points = []
     for sublayer in stream.sublayers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ class Goldens:
         from safetensors.torch import save_file
 
         save_file(self._tensors(), path)
-        path.chmod(0o666 & ~_umask())  # safetensors makes its files private
 
     def _tensors(self) -> dict[str, Any]:
         import numpy as np
@@ -43,12 +41,6 @@ class Goldens:
                 stacked = parts[0][np.newaxis] if len(parts) == 1 else np.stack(parts)
                 tensors[f"{prefix}.{name}"] = torch.from_numpy(np.ascontiguousarray(stacked))
         return tensors
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def make_goldens(program: Program, windows: Sequence[Arrays]) -> Goldens:

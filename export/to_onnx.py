@@ -1,30 +1,26 @@
 """A program in, an ONNX model out: translation, clean-up, function bodies, checks.
 
-The clean-up is onnxscript's and onnx-ir's own passes, without the pattern rewriter (two thirds of the exporter's
-``optimize`` time, for patterns that the program's own passes have dealt with). Value names stay the FX node names.
+The clean-up is onnxscript's and onnx-ir's own passes, without the pattern rewriter, which looks for
+patterns that the program's own passes have dealt with. Value names stay the FX node names.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import copy
 import logging
 from typing import TYPE_CHECKING
 
+from depthwire._logs import logs_disabled
 from depthwire.errors import ExportError
 from depthwire.export._torch_onnx import Translator
 from depthwire.export.ops import DOMAIN, OPERATORS
 from depthwire.export.ops._base import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import onnx_ir as ir
 
     from depthwire.program import Program
-
-logger = logging.getLogger(__name__)
 
 MINIMUM_OPSET = 23  # RMSNormalization as one operator
 
@@ -70,7 +66,7 @@ def _set_opset(model: ir.Model, opset: int) -> None:
     """Raise the model's opset: most translations are written for opset 18, and newer operators sit among them."""
     from onnxscript import version_converter
 
-    with _without_logs():
+    with logs_disabled(logging.WARNING):
         # No fallback to onnx's C++ converter: it would serialise the model with its weights.
         version_converter.convert_version(model, opset, fallback=False)
     model.graph.opset_imports[""] = opset
@@ -83,16 +79,6 @@ def _name_interface(model: ir.Model, program: Program) -> None:
             value.name = name
 
 
-@contextlib.contextmanager
-def _without_logs() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _clean(model: ir.Model) -> None:
     """Fold what is constant, remove what is unused, and store linear weights as the products read them."""
     from onnx_ir.passes import Sequential
@@ -101,7 +87,7 @@ def _clean(model: ir.Model) -> None:
 
     from depthwire.export._transpose_weights import TransposeWeights
 
-    with _without_logs():
+    with logs_disabled(logging.WARNING):
         # First, because folding would copy every transposed weight and name it val_101.
         TransposeWeights()(model)
         optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_should_fold)

@@ -73,8 +73,8 @@ def write_artifact(
         _save_graph(model, root / MODEL)
         _check(root / MODEL)
         goldens.save(root / GOLDENS)
-        manifest = _manifest(original, rewritten, model)
-        manifest.recipe, manifest.checkpoints = recipe, checkpoints
+        shutil.copymode(root / MODEL, root / GOLDENS)  # safetensors makes its files private
+        manifest = _manifest(original, rewritten, model, recipe, checkpoints)
         artifact = Artifact(root, manifest)
         manifest.files[WEIGHTS] = FileEntry(bytes=size, sha256=sha256)
         artifact.add_file(MODEL)
@@ -134,7 +134,9 @@ def _check(path: Path) -> None:
         ) from error
 
 
-def _manifest(original: Program, rewritten: Program, model: ir.Model) -> Manifest:
+def _manifest(
+    original: Program, rewritten: Program, model: ir.Model, recipe: dict[str, Any], checkpoints: list[Checkpoint]
+) -> Manifest:
     nodes = Counter(node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in model.graph)
     bodies = {f"{function.domain}::{function.name}" for function in model.functions.values()}
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
@@ -142,7 +144,7 @@ def _manifest(original: Program, rewritten: Program, model: ir.Model) -> Manifes
         depthwire=_version("depthwire"),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         source=source_info(original),
-        recipe={},
+        recipe=recipe,
         inputs=[_tensor_info(value) for value in model.graph.inputs],
         outputs=[_tensor_info(value) for value in model.graph.outputs],
         opsets=dict(model.graph.opset_imports),
@@ -155,6 +157,7 @@ def _manifest(original: Program, rewritten: Program, model: ir.Model) -> Manifes
         dtypes=dict(Counter(_dtype_name(tensor.dtype) for tensor in weights)),
         weight_bytes=rewritten.weight_bytes,
         passes=pass_infos(rewritten),
+        checkpoints=checkpoints,
         tools={name: _version(name) for name in _TOOLS if _version(name)},
     )
 

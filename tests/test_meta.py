@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("depthwire", "passes", "export", "runtime", "models")
 LONGEST = {"tests": 450}
-SHARED = ("depthwire.errors", "depthwire.program", "depthwire.ir_text", "depthwire.ops", "depthwire._mapped")
+SHARED = (
+    "depthwire.errors",
+    "depthwire.program",
+    "depthwire.ir_text",
+    "depthwire.ops",
+    "depthwire._mapped",
+    "depthwire._logs",
+)
 
 
 def files(*folders: str) -> list[Path]:

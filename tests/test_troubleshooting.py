@@ -35,16 +35,16 @@ def _sources() -> list[Path]:
     return files + sorted((ROOT / "depthwire").glob("*.py"))
 
 
+def _strings() -> set[str]:
+    """Collect every string constant of the source."""
+    nodes = (node for file in _sources() for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
 def _codes() -> set[str]:
-    """Collect the first string argument of every call that raises or builds an error or a decline."""
-    codes = set()
-    for file in _sources():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-                first = node.args[0].value
-                if isinstance(first, str) and CODE.fullmatch(first) and first.split(".")[0] in STAGES:
-                    codes.add(first)
-    return codes
+    """Collect every string that reads like a code of one of our stages."""
+    found = {text for text in _strings() if CODE.fullmatch(text) and text.split(".")[0] in STAGES}
+    return found - {"build.log"}  # a file
 
 
 def _headings() -> list[str]:
@@ -61,3 +61,9 @@ def test_every_code_is_documented() -> None:
 def test_headings_are_sorted_and_unique() -> None:
     headings = _headings()
     assert headings == sorted(set(headings))
+
+
+def test_no_section_outlives_its_code() -> None:
+    """A code stands in the source as a whole, or is put together from its stage and its reason."""
+    strings = _strings()
+    assert [code for code in _headings() if code not in strings and code.split(".")[1] not in strings] == []

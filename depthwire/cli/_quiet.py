@@ -8,6 +8,8 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from depthwire._logs import logs_disabled
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -26,16 +28,13 @@ _LEVEL = logging.WARNING
 @contextmanager
 def quiet_third_parties() -> Iterator[None]:
     """Silence warnings, log lines below errors and progress bars of other projects while the body runs."""
-    disabled = logging.root.manager.disable
     added = [name for name in _VARIABLES if name not in os.environ]
     os.environ.update({name: _VARIABLES[name] for name in added})
-    logging.disable(max(_LEVEL, disabled))
     try:
-        with warnings.catch_warnings():
+        with logs_disabled(_LEVEL), warnings.catch_warnings():
             for category in (FutureWarning, DeprecationWarning, UserWarning):
                 warnings.simplefilter("ignore", category)
             yield
     finally:
-        logging.disable(disabled)
         for name in added:
             os.environ.pop(name, None)

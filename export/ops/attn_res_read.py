@@ -1,8 +1,8 @@
 """``depthwire::AttnResRead_n(query, source_0, …, source_{n-1})`` for ONNX.
 
-The arity is in the operator's name: a function body has a fixed number of inputs, and TensorRT's parser ignores
-overloads. Attributes: ``eps`` (added to the mean square) and ``scale`` (factor on the logits). The body works source
-by source and never concatenates them, so each is read where it lies; statistics, softmax and sum are fp32.
+The arity is in the operator's name: a function body has a fixed number of inputs, and TensorRT-RTX's parser ignores
+overloads. Attributes: ``eps`` (added to the mean square) and ``scale`` (factor on the logits). The body works source by
+source and never concatenates them, so each is read where it lies; statistics, softmax and sum are fp32.
 """
 
 from __future__ import annotations

@@ -17,21 +17,21 @@ def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
-@pytest.fixture(scope="session")
-def short_artifact(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model at 128 tokens, for the tests that verify again and again."""
-    out = tmp_path_factory.mktemp("short") / "artifact"
-    arguments = ("--attn-res", "block:8", "--seq-len", "128", "--text", TEXT, "--windows", "1", "--target", "rtx")
-    done = run("convert", smollm2_dir, *arguments, "--no-build", "-o", out)
+def _converted(model: Path, out: Path, *, length: int, windows: int) -> Path:
+    """Convert SmolLM2 with eight blocks of AttnRes and verify it on real text, without an engine."""
+    shape = ("--attn-res", "block:8", "--seq-len", str(length), "--windows", str(windows))
+    done = run("convert", model, *shape, "--text", TEXT, "--target", "rtx", "--no-build", "-o", out)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def short_artifact(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model at 128 tokens, for the tests that verify again and again."""
+    return _converted(smollm2_dir, tmp_path_factory.mktemp("short") / "artifact", length=128, windows=1)
 
 
 @pytest.fixture(scope="session")
 def smollm2_artifact(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M lifted to Block AttnRes with eight blocks, exported and verified on four windows of real text."""
-    out = tmp_path_factory.mktemp("smollm2") / "artifact"
-    arguments = ("--attn-res", "block:8", "--seq-len", "512", "--text", TEXT, "--windows", "4", "--target", "rtx")
-    done = run("convert", smollm2_dir, *arguments, "--no-build", "-o", out)
-    assert done.returncode == 0, done.stderr
-    return out
+    """The model at 512 tokens, verified on four windows."""
+    return _converted(smollm2_dir, tmp_path_factory.mktemp("smollm2") / "artifact", length=512, windows=4)

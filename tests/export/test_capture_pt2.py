@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from depthwire.errors import CaptureError, UsageError
 from depthwire.export.capture import capture
+from depthwire.program import METADATA
 from tests.export.pt2_files import MODEL, SAMPLES, Members, Small, saved_members, saved_program, write
 
 if TYPE_CHECKING:
@@ -260,3 +262,55 @@ def test_options_that_would_change_the_program_are_refused(tmp_path: Path, saved
     with pytest.raises(UsageError) as raised:
         capture(tmp_path / "small.pt2", seq_len=8)
     assert raised.value.code == "capture.option-without-effect"
+
+
+def _saved(folder: Path, **changes: object) -> Path:
+    """Save a small program whose metadata has some entries changed."""
+    program = capture(nn.Linear(4, 2), example_inputs=(torch.ones(3, 4),))
+    metadata = {"schema_version": 1, "output_names": ["logits"], "task": "causal-lm", "tokenizer": None, **changes}
+    torch.export.save(program.exported, folder / "named.pt2", extra_files={METADATA: json.dumps(metadata)})
+    return folder / "named.pt2"
+
+
+def test_a_saved_program_keeps_names_task_and_tokenizer(tmp_path: Path) -> None:
+    program = capture(_saved(tmp_path, model="Head", tokenizer="somewhere/model"))
+    program.save(tmp_path / "again.pt2")
+    again = capture(tmp_path / "again.pt2")
+    for found in (program, again):
+        assert found.output_names == ("logits",)
+        assert (found.source.task, found.source.model) == ("causal-lm", "Head")
+        assert found.source.tokenizer_reference() == "somewhere/model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"output_names": ["logits", "more"]}, "the program has 1"),
+        ({"output_names": ["../logits"]}, "pattern"),
+        ({"output_names": "logits"}, "valid"),
+        ({"task": "speech"}, "causal-lm"),
+        ({"schema_version": 2}, "1"),
+        ({"surprise": 1}, "not permitted"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, object], word: str) -> None:
+    file = _saved(tmp_path, **changes)
+    with pytest.raises(CaptureError) as raised:
+        capture(file)
+    assert raised.value.code == "capture.pt2-invalid"
+    assert raised.value.exit_code == 3
+    assert METADATA in str(raised.value.got)
+    assert word in str(raised.value.got)
+
+
+def test_one_name_for_two_outputs_is_refused(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x + 2
+
+    exported = torch.export.export(Two(), (torch.ones(2),))
+    metadata = json.dumps({"output_names": ["y", "y"]})
+    torch.export.save(exported, tmp_path / "two.pt2", extra_files={METADATA: metadata})
+    with pytest.raises(CaptureError) as raised:
+        capture(tmp_path / "two.pt2")
+    assert raised.value.code == "capture.pt2-invalid"

@@ -22,6 +22,7 @@ from depthwire.export.checkpoints import checkpoints
 from depthwire.export.goldens import make_goldens
 from depthwire.export.to_onnx import to_onnx
 from depthwire.export.write import write_artifact
+from depthwire.passes.analysis.residual_stream import find_residual_stream
 from depthwire.passes.standard import canonical_pipeline
 from tests.export.tiny import captured, lifted
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def _write(out: Path, **options: Any) -> Artifact:
     original = captured(**options)
-    rewritten = lifted(original)
+    rewritten, canonical = lifted(original), canonical_pipeline().run(original)
     feed = {name: tensor.numpy() for name, tensor in original.example_inputs.items()}
     return write_artifact(
         out,
@@ -40,7 +41,7 @@ def _write(out: Path, **options: Any) -> Artifact:
         model=to_onnx(rewritten),
         goldens=make_goldens(original, [feed]),
         recipe={"attn_res": "block:3"},
-        checkpoints=checkpoints(canonical_pipeline().run(original)),
+        checkpoints=checkpoints(canonical, find_residual_stream(canonical)),
     )
 
 

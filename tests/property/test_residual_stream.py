@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,7 +56,7 @@ def check_structure(spec: Spec, model: Transformer, program: Program) -> Residua
 def check_sum(spec: Spec, stream: ResidualStream, program: Program) -> None:
     """Every state is the state before, scaled, plus what was written in between."""
     values = node_values(program, inputs(seed=3))
-    for before, sublayer, after in zip(stream.states, stream.sublayers, stream.states[1:], strict=False):
+    for (before, after), sublayer in zip(pairwise(stream.states), stream.sublayers, strict=True):
         state = values[before.node.name]
         for write in sublayer.writes:
             state = state.reshape(values[write.branch.name].shape) * write.skip_scale

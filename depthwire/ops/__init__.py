@@ -1,10 +1,34 @@
-"""The custom operators, one a file: torch reference, fake shapes and gradient.
+"""The custom operators: torch reference, fake shapes and gradient.
 
 Importing this package registers the operators with torch under the namespace ``depthwire``.
 """
 
 from __future__ import annotations
 
-from depthwire.ops.attn_res_read import attn_res_read, attn_res_read_reference
+from depthwire.ops.attn_res_read import (
+    attn_res_add_read,
+    attn_res_add_read_norm,
+    attn_res_read,
+    attn_res_read_norm,
+    attn_res_read_reference,
+)
+from depthwire.ops.attn_res_two_phase import (
+    attn_res_add_merge,
+    attn_res_add_merge_norm,
+    attn_res_inter,
+    attn_res_merge,
+    attn_res_merge_norm,
+)
 
-__all__ = ["attn_res_read", "attn_res_read_reference"]
+__all__ = [
+    "attn_res_add_merge",
+    "attn_res_add_merge_norm",
+    "attn_res_add_read",
+    "attn_res_add_read_norm",
+    "attn_res_inter",
+    "attn_res_merge",
+    "attn_res_merge_norm",
+    "attn_res_read",
+    "attn_res_read_norm",
+    "attn_res_read_reference",
+]

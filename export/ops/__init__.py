@@ -1,13 +1,22 @@
-"""ONNX side of the custom operators: one file an operator with its schema, translation and function body.
+"""ONNX side of the custom operators: schema, translation and function body.
 
 ``OPERATORS`` is the table that ``to_onnx`` walks; adding an operator means adding a file and a row.
 """
 
 from __future__ import annotations
 
-from depthwire.export.ops._base import DOMAIN, OnnxOperator
-from depthwire.export.ops.attn_res_read import AttnResReadOnnx
+import itertools
 
-OPERATORS: tuple[OnnxOperator, ...] = (AttnResReadOnnx(),)
+from depthwire.export.ops._base import DOMAIN, OnnxOperator
+from depthwire.export.ops._depth_body import ReadForm
+from depthwire.export.ops.attn_res_read import InterOnnx, ReadOnnx
+
+OPERATORS: tuple[OnnxOperator, ...] = (
+    *(
+        ReadOnnx(ReadForm(0, add=add, merge=merge, norm=norm))
+        for merge, add, norm in itertools.product((False, True), repeat=3)
+    ),
+    InterOnnx(),
+)
 
 __all__ = ["DOMAIN", "OPERATORS", "OnnxOperator"]

@@ -1,128 +1,153 @@
-"""``depthwire::AttnResRead_n(query, source_0, …, source_{n-1})`` for ONNX.
+"""``AttnResRead_n`` and its fused and merging forms for ONNX.
+
+    AttnResRead_n(query, source_0, …, source_{n-1})                         -> out
+    AttnResAddReadNorm_n(query, norm_weight, source_0, …, delta)            -> out, sum
+    AttnResMerge_m(query, inter_out, inter_lse, source_0, …, source_{m-1})  -> out
 
 The arity is in the operator's name: a function body has a fixed number of inputs, and TensorRT-RTX's parser ignores
-overloads. Attributes: ``eps`` (added to the mean square) and ``scale`` (factor on the logits). The body works source by
-source and never concatenates them, so each is read where it lies; statistics, softmax and sum are fp32.
+overloads. The other parts of a name (``Add``, ``Unit``, ``Norm``) say what is fused; see ``docs/attn_res_read.md``.
+Attributes: ``eps``, ``scale``, ``last_bias``, with ``Norm`` ``norm_eps``, and ``index`` of a merge.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from depthwire.export.ops._base import DOMAIN, VERSION, OnnxOperator
+from depthwire.export.ops._base import DOMAIN, VERSION, OnnxOperator, register_schema
+from depthwire.export.ops._depth_body import ReadForm, inter_body, read_body
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import onnx_ir as ir
 
-_NAME = re.compile(r"AttnResRead_(\d+)")
+_INTER = re.compile(r"AttnResInter_(\d+)")
 
 
-class AttnResReadOnnx(OnnxOperator):
-    """The read of Attention Residuals."""
+@dataclass(frozen=True)
+class ReadOnnx(OnnxOperator):
+    """One of the reads: ``form`` without its arity, and with ``unit`` decided by each call."""
 
-    torch_op: ClassVar[str] = "depthwire::attn_res_read"
+    form: ReadForm
+
+    @property
+    def torch_op(self) -> str:
+        """Such as ``depthwire::attn_res_add_read_norm``."""
+        kind = ("add_" if self.form.add else "") + ("merge" if self.form.merge else "read")
+        return f"depthwire::attn_res_{kind}{'_norm' if self.form.norm else ''}"
 
     def translation(self) -> Callable[..., Any]:
-        """Return the callable that emits ``AttnResRead_n`` with n the number of sources."""
+        """Return the callable that emits the operator with its arity."""
+        import torch
+
+        import depthwire.ops  # noqa: F401 - registers the operator, whose schema names the arguments
+
+        packet = getattr(torch.ops.depthwire, self.torch_op.removeprefix("depthwire::"))
+        schema = packet.default._schema
+        defaults = {argument.name: argument.default_value for argument in schema.arguments}
+        names = tuple(defaults)
+
+        def translate(*args: Any, **kwargs: Any) -> Any:
+            return self._emit({**defaults, **dict(zip(names, args, strict=False)), **kwargs})
+
+        return translate
+
+    def _emit(self, arguments: Mapping[str, Any]) -> Any:
         from onnxscript.values import Opset
 
-        domain = Opset(DOMAIN, VERSION)
-
-        def attn_res_read(query: Any, sources: Sequence[Any], eps: float, scale: float) -> Any:
-            register_schema(len(sources))
-            return getattr(domain, f"AttnResRead_{len(sources)}")(query, *sources, eps=eps, scale=scale)
-
-        return attn_res_read
+        sources = arguments["sources"]
+        form = replace(self.form, arity=len(sources), unit=bool(arguments.get("value_norm")))
+        register_schema(
+            form.name,
+            "Softmax attention over depth: out = sum_i softmax_i(scale (query . s_i) rstd(s_i)) s_i.",
+            vectors=form.vectors,
+            tensors=form.tensors,
+            wide=("inter_lse",),
+            outputs=form.outputs,
+            floats=form.floats,
+            ints=form.ints,
+        )
+        tensors = {**arguments, **dict(zip(form.sources, sources, strict=True))}
+        floats = {name: float(arguments[name]) for name in form.floats}
+        ints = {name: int(arguments[name]) for name in form.ints}
+        operands = [tensors[name] for name in (*form.vectors, *form.tensors)]
+        return getattr(Opset(DOMAIN, VERSION), form.name)(*operands, **floats, **ints)
 
     def handles(self, op_type: str) -> bool:
-        """Tell whether an operator name is ``AttnResRead_n``."""
-        return _NAME.fullmatch(op_type) is not None
+        """Tell whether an operator name is this read, of any arity."""
+        return self._form(op_type) is not None
+
+    def _form(self, op_type: str) -> ReadForm | None:
+        arity = op_type.rpartition("_")[2]
+        if not arity.isdecimal():
+            return None
+        for unit in (False, True):
+            form = replace(self.form, arity=int(arity), unit=unit)
+            if form.name == op_type and not (unit and form.merge):
+                return form
+        return None
 
     def body(self, node: ir.Node, *, opset: int) -> ir.Function:
         """Return the body for the node's arity; sources narrower than fp32 are widened inside."""
-        import onnx.parser
-        import onnx_ir as ir
+        form = self._form(node.op_type)
+        if form is None:
+            raise ValueError(node.op_type)
+        return _parse(read_body(form, opset=opset, widen=_narrow(node.inputs[len(form.vectors)])))
 
-        match = _NAME.fullmatch(node.op_type)
+
+class InterOnnx(OnnxOperator):
+    """Phase 1 of the two-phase form."""
+
+    @property
+    def torch_op(self) -> str:
+        """The torch name."""
+        return "depthwire::attn_res_inter"
+
+    def translation(self) -> Callable[..., Any]:
+        """Return the callable that emits ``AttnResInter_n``."""
+        from onnxscript.values import Opset
+
+        def attn_res_inter(queries: Any, sources: Sequence[Any], eps: float, scale: float) -> Any:
+            name = f"AttnResInter_{len(sources)}"
+            register_schema(
+                name,
+                "For each of S queries the softmax mean of the sources [S, ..., d], and the logsumexp [S, ...].",
+                vectors=("queries",),
+                tensors=tuple(f"source_{i}" for i in range(len(sources))),
+                outputs=("out", "lse"),
+                wide_outputs=("lse",),
+                floats=("eps", "scale"),
+            )
+            return getattr(Opset(DOMAIN, VERSION), name)(queries, *sources, eps=eps, scale=scale)
+
+        return attn_res_inter
+
+    def handles(self, op_type: str) -> bool:
+        """Tell whether an operator name is ``AttnResInter_n``."""
+        return _INTER.fullmatch(op_type) is not None
+
+    def body(self, node: ir.Node, *, opset: int) -> ir.Function:
+        """Return the body for the node's arity."""
+        match = _INTER.fullmatch(node.op_type)
         if match is None:
             raise ValueError(node.op_type)
+        import onnx_ir as ir
+
         source = node.inputs[1]
-        widen = source is None or source.dtype != ir.DataType.FLOAT
-        text = body_text(int(match[1]), opset=opset, widen=widen)
-        return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+        double = source is not None and source.dtype == ir.DataType.DOUBLE
+        return _parse(inter_body(int(match[1]), opset=opset, widen=_narrow(source), double=double))
 
 
-@functools.cache
-def register_schema(arity: int) -> None:
-    """Register the operator's schema with onnx; a translation cannot emit a node without one."""
-    import onnx.defs
+def _narrow(source: ir.Value | None) -> bool:
+    import onnx_ir as ir
 
-    schema = onnx.defs.OpSchema
-    types = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
-    sources = [schema.FormalParameter(f"source_{i}", "T", description="[..., d]") for i in range(arity)]
-    onnx.defs.register_schema(
-        schema(
-            f"AttnResRead_{arity}",
-            DOMAIN,
-            VERSION,
-            doc="Softmax attention over depth: sum_i softmax_i(scale * (query . s_i) * rstd(s_i)) * s_i.",
-            inputs=[schema.FormalParameter("query", "Q", description="[d]"), *sources],
-            outputs=[schema.FormalParameter("out", "T", description="[..., d]")],
-            type_constraints=[("T", types, "Sources and result."), ("Q", types, "Query.")],
-            attributes=[
-                schema.Attribute("eps", onnx.defs.OpSchema.AttrType.FLOAT, "Added to the mean square.", required=True),
-                schema.Attribute("scale", onnx.defs.OpSchema.AttrType.FLOAT, "Factor on the logits.", required=True),
-            ],
-        )
-    )
+    return source is None or source.dtype != ir.DataType.FLOAT
 
 
-def body_text(arity: int, *, opset: int, widen: bool) -> str:
-    """Return the function body in ONNX's text format.
+def _parse(text: str) -> ir.Function:
+    import onnx.parser
+    import onnx_ir as ir
 
-    Args:
-        arity: Number of sources n.
-        opset: Opset of the operators used; 18 or newer.
-        widen: Cast query and sources to fp32 first, and the result back.
-    """
-    names = [f"source_{i}" for i in range(arity)]
-    wide = [f"wide_{i}" for i in range(arity)] if widen else names
-    query = "wide_query" if widen else "query"
-    # Cast's `to` is written as the number of TensorProto.FLOAT.
-    casts = [f"{w} = Cast<to = 1>({s})" for w, s in zip([query, *wide], ["query", *names], strict=True)]
-    lines = [
-        *(casts if widen else []),
-        "last = Constant<value_ints = [-1]>()",
-        "eps_value = Constant<value_float: float = @eps>()",
-        "scale_value = Constant<value_float: float = @scale>()",
-        f"column = Unsqueeze({query}, last)",
-    ]
-    for i, source in enumerate(wide):
-        lines += [
-            f"square_{i} = Mul({source}, {source})",
-            f"mean_square_{i} = ReduceMean<keepdims = 1>(square_{i}, last)",
-            f"shifted_{i} = Add(mean_square_{i}, eps_value)",
-            f"rms_{i} = Sqrt(shifted_{i})",
-            f"dot_{i} = MatMul({source}, column)",
-            f"logit_{i} = Div(dot_{i}, rms_{i})",
-        ]
-    weights = ", ".join(f"weight_{i}" for i in range(arity))
-    lines += [
-        f"logits = Concat<axis = -1>({', '.join(f'logit_{i}' for i in range(arity))})",
-        "scaled = Mul(logits, scale_value)",
-        "weights = Softmax<axis = -1>(scaled)",
-        f"{weights} = Split<axis = -1, num_outputs = {arity}>(weights)",
-        *[f"term_{i} = Mul(weight_{i}, {source})" for i, source in enumerate(wide)],
-    ]
-    total = "term_0"
-    for i in range(1, arity):
-        lines.append(f"sum_{i} = Add({total}, term_{i})")
-        total = f"sum_{i}"
-    lines.append(f"out = CastLike({total}, source_0)" if widen else f"out = Identity({total})")
-    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
-    signature = f"AttnResRead_{arity} <eps, scale>(query, {', '.join(names)}) => (out)"
-    return "\n".join([header, signature, "{", *(f"  {line}" for line in lines), "}"])
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))

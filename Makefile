@@ -7,12 +7,17 @@ MODEL  := .cache/models/smollm2-135m-instruct
 TEXT   := tests/data/sotu-2000.txt
 OUT    ?= out/smollm2-block8
 
-.PHONY: help setup model demo test lint bench clean
+# The library of kernels: cmake of the system, or pip's; headers of ONNX Runtime fetched once.
+CMAKE   := $(or $(shell command -v cmake),$(BIN)/cmake)
+ORT_INCLUDE_DIR ?= .cache/onnxruntime-headers/0.4.9
+NATIVE  := $(CMAKE) -S runtime/native -DORT_INCLUDE_DIR=$(abspath $(ORT_INCLUDE_DIR))
+
+.PHONY: help setup model native native-asan native-aarch64 demo test lint bench clean
 
 help:           ## Show this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-setup: $(READY) ## Make the virtual environment
+setup: $(READY) native ## Make the virtual environment and build the kernels
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,26 +29,45 @@ model: $(MODEL)/config.json ## Fetch the trained model of the demo and the tests
 $(MODEL)/config.json: | $(READY)
 	$(BIN)/python tools/fetch_smollm2.py
 
-demo: $(READY) $(MODEL)/config.json ## Convert SmolLM2-135M to Block AttnRes, verify it, build an RTX engine
+native: $(ORT_INCLUDE_DIR)/onnxruntime_c_api.h $(CMAKE) ## Build the kernels for ONNX Runtime
+	$(NATIVE) -B .cache/native/release -DCMAKE_BUILD_TYPE=Release -DDEPTHWIRE_LIBRARY_DIR=$(CURDIR)/runtime/native/lib
+	$(CMAKE) --build .cache/native/release --parallel
+
+native-asan: $(ORT_INCLUDE_DIR)/onnxruntime_c_api.h $(CMAKE) ## Build them with the address and undefined-behaviour sanitizers
+	$(NATIVE) -B .cache/native/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDEPTHWIRE_SANITIZE=ON
+	$(CMAKE) --build .cache/native/asan --parallel
+
+native-aarch64: $(ORT_INCLUDE_DIR)/onnxruntime_c_api.h $(CMAKE) ## Build them for aarch64 (Debian: g++-aarch64-linux-gnu)
+	$(NATIVE) -B .cache/native/aarch64 -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/runtime/native/aarch64.cmake
+	$(CMAKE) --build .cache/native/aarch64 --parallel
+
+.cache/onnxruntime-headers/0.4.9/onnxruntime_c_api.h:
+	$(PYTHON) tools/fetch_ort_headers.py
+
+$(BIN)/cmake: | $(READY)
+	$(BIN)/python -m pip install --quiet cmake
+
+demo: $(READY) $(MODEL)/config.json native ## Convert SmolLM2-135M to Block AttnRes, verify it, build an RTX engine
 	$(BIN)/depthwire convert $(MODEL) --attn-res block:8 --batch 1 --seq-len 512 --text $(TEXT) --windows 4 \
 	    --target rtx --cc SM86 --cc SM120 -o $(OUT)
 
-test: $(READY) $(MODEL)/config.json ## Lint, type-check and run every test
+test: $(READY) $(MODEL)/config.json native ## Lint, type-check and run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p depthwire
-	$(BIN)/mypy tests benchmarks tools
+	$(BIN)/mypy tests benchmarks tools examples
 	$(BIN)/pytest -n 2 --dist loadfile -p no:randomly
 
 lint: $(READY)  ## Lint and type-check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p depthwire
-	$(BIN)/mypy tests benchmarks tools
+	$(BIN)/mypy tests benchmarks tools examples
 
-bench: $(READY) $(MODEL)/config.json ## Print the figures of docs/benchmarks.md
+bench: $(READY) $(MODEL)/config.json native ## Print the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.convert_cost
 	$(BIN)/python -m benchmarks.lift_latency
 
 clean:          ## Remove the environment, the caches and the outputs
-	rm -rf $(VENV) .cache out build dist *.egg-info
+	rm -rf $(VENV) .cache out build dist runtime/native/lib *.egg-info

@@ -35,6 +35,7 @@ def first_divergence(
     *,
     window: int,
     tell: Callable[[str], None],
+    kernels: bool | None,
 ) -> Divergence:
     """Walk the artefact's checkpoints in layer order, across every step from the original to ONNX Runtime.
 
@@ -44,6 +45,7 @@ def first_divergence(
         inputs: The window on which a comparison failed.
         window: Its index, for the report.
         tell: Receives a line per graph.
+        kernels: As in ``session_from_artifact``.
     """
     checkpoints = sorted(artifact.manifest.checkpoints, key=_layer_order)
     names = list(dict.fromkeys(checkpoint.value for checkpoint in checkpoints))
@@ -53,7 +55,7 @@ def first_divergence(
         known = node_names(program)
         values[label] = run_nodes(program, inputs, [name for name in names if name in known])
     tell(f"layers of {_ONNXRUNTIME}")
-    values[_ONNXRUNTIME] = _session_values(artifact, inputs, names)
+    values[_ONNXRUNTIME] = _session_values(artifact, inputs, names, kernels=kernels)
     trail = tuple(_walk(checkpoints, values))
     first = next((entry for entry in trail if not entry.result), None)
     return Divergence(
@@ -70,12 +72,12 @@ def _layer_order(checkpoint: Checkpoint) -> tuple[int, bool]:
     return checkpoint.layer, checkpoint.role != "norm"  # a sublayer reads through its norm before it writes
 
 
-def _session_values(artifact: Artifact, inputs: Values, names: list[str]) -> Values:
+def _session_values(artifact: Artifact, inputs: Values, names: list[str], *, kernels: bool | None) -> Values:
     known = value_names(artifact)
     wanted = [name for name in names if name in known]
     if not wanted:
         return {}
-    found = run_session(session_from_artifact(artifact, extra_outputs=wanted), inputs)
+    found = run_session(session_from_artifact(artifact, extra_outputs=wanted, kernels=kernels), inputs)
     return {name: found[name] for name in wanted}
 
 

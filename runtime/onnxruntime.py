@@ -6,9 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from depthwire.errors import BuildError, UsageError
+from depthwire.runtime import native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import onnx
     import onnxruntime as ort
@@ -33,6 +35,7 @@ def session_from_artifact(
     threads: int | None = None,
     map_weights: bool | None = None,
     extra_outputs: Sequence[str] = (),
+    kernels: bool | None = None,
 ) -> ort.InferenceSession:
     """Open ``model.onnx`` of an artefact.
 
@@ -44,11 +47,14 @@ def session_from_artifact(
             kernels prefer: no prepacking, and no folding of transposed weights into constants. On a model of 540 MB
             it saves 700 MB and costs a tenth of the speed. ``None`` does so beyond ``COPY_LIMIT``.
         extra_outputs: Values inside the graph to return as further outputs, in this order after the graph's own.
+        kernels: Run depth-attention operators by the library of kernels (``docs/native.md``) instead of the function
+            bodies in the file. ``None`` does so where the library is built and the provider is the CPU.
 
     Raises:
         UsageError: An extra output is not a value of the graph (``runtime.no-such-value``).
-        BuildError: A provider is not there (``runtime.no-provider``) or ONNX Runtime refuses the model
-            (``runtime.session``).
+        BuildError: A provider is not there (``runtime.no-provider``), ONNX Runtime refuses the model
+            (``runtime.session``), or the kernels are not built (``runtime.no-kernels``) or not of this version
+            (``runtime.stale-kernels``).
     """
     import onnxruntime
 
@@ -56,6 +62,10 @@ def session_from_artifact(
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads or _usable_cpus()
     options.inter_op_num_threads = 1
+    library = _library(artifact, providers, kernels=kernels)
+    if library is not None:
+        options.add_session_config_entry(native.OPS_ENTRY, native.ops_entry(artifact.manifest.custom_ops))
+        options.register_custom_ops_library(str(library))
     mapped = artifact.manifest.weight_bytes > COPY_LIMIT if map_weights is None else map_weights
     if mapped:
         options.add_session_config_entry(_NO_PREPACKING, "1")
@@ -88,6 +98,20 @@ def session_from_artifact(
     return session
 
 
+def reads_run_by(artifact: Artifact, *, kernels: bool | None = None) -> str | None:
+    """Return what runs the depth-attention operators of an artefact on the CPU.
+
+    Such as ``avx512 kernels`` or ``function bodies``, or ``None`` where the graph has no such operator.
+    """
+    if not native.ops_entry(artifact.manifest.custom_ops):
+        return None
+    return (
+        "function bodies"
+        if _library(artifact, (CPU,), kernels=kernels) is None
+        else f"{native.instruction_set()} kernels"
+    )
+
+
 def run_session(session: ort.InferenceSession, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Run once and return every output by name.
 
@@ -112,6 +136,14 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, NDArray[Any]
 def value_names(artifact: Artifact) -> frozenset[str]:
     """Return the names of all values that nodes of the main graph compute; those inside functions have none."""
     return _computed(_load(artifact))
+
+
+def _library(artifact: Artifact, providers: Sequence[str], *, kernels: bool | None) -> Path | None:
+    # A kernel for the CPU wins over a body on every provider, and then each read copies its sources to the host.
+    if kernels is False or (kernels is None and tuple(providers) != (CPU,)):
+        return None
+    path = native.required_path() if kernels else native.library_path()
+    return path if native.ops_entry(artifact.manifest.custom_ops) else None
 
 
 def _load(artifact: Artifact) -> onnx.ModelProto:

@@ -42,6 +42,7 @@ def verify(
     rewritten: Program | None,
     windows: Sequence[Arrays],
     progress: Callable[[str], None] | None = None,
+    kernels: bool | None = None,
 ) -> VerifyReport:
     """Compare what an artefact computes with what it was made from.
 
@@ -56,6 +57,7 @@ def verify(
         rewritten: The program that was exported.
         windows: Inputs, each by name with the shape and dtype of the manifest. Empty if no program is given.
         progress: Receives one line per step.
+        kernels: As in ``session_from_artifact``; which of the two ran is in the report.
 
     Returns:
         The report. A comparison that fails is in it; it is not raised.
@@ -75,7 +77,7 @@ def verify(
     polygraphy = ""
     for group in window_groups(artifact, feeds, len(labels)):
         tell(f"windows {group[0] + 1}-{group[-1] + 1} of {len(feeds)}: {', '.join(labels)}")
-        outputs = _run(artifact, programs, [feeds[index] for index in group])
+        outputs = _run(artifact, programs, [feeds[index] for index in group], kernels=kernels)
         if goldens is not None:
             outputs[GOLDENS] = [goldens.outputs(index) for index in group]
         for (expected, actual), results in judged.items():
@@ -87,15 +89,17 @@ def verify(
     pairs = tuple(results.pair(names, len(feeds)) for names, results in judged.items())
     return VerifyReport(
         comparisons=pairs,
-        first_divergence=_place(artifact, programs, pairs, feeds, tell),
+        first_divergence=_place(artifact, programs, pairs, feeds, tell, kernels=kernels),
         polygraphy=polygraphy,
         windows=len(feeds),
         seconds=time.perf_counter() - started,
-        tools={name: version(name) for name in ("torch", "polygraphy", "numpy")} | {"onnxruntime": _ort_version()},
+        tools={name: version(name) for name in ("torch", "polygraphy", "numpy")} | _runtime(artifact, kernels=kernels),
     )
 
 
-def _run(artifact: Artifact, programs: Mapping[str, Program], feeds: Sequence[Arrays]) -> dict[str, list[Arrays]]:
+def _run(
+    artifact: Artifact, programs: Mapping[str, Program], feeds: Sequence[Arrays], *, kernels: bool | None
+) -> dict[str, list[Arrays]]:
     """Run every runner on the windows, one runner at a time, through Polygraphy."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.comparator import Comparator
@@ -105,7 +109,7 @@ def _run(artifact: Artifact, programs: Mapping[str, Program], feeds: Sequence[Ar
     from depthwire.runtime.torch_exported import TorchExportedRunner
 
     runners = [TorchExportedRunner(program, name=label) for label, program in programs.items()]
-    runners.append(OnnxrtRunner(lambda: session_from_artifact(artifact), name=ONNXRUNTIME))
+    runners.append(OnnxrtRunner(lambda: session_from_artifact(artifact, kernels=kernels), name=ONNXRUNTIME))
     try:
         # Above CRITICAL: what Polygraphy would print and raise is told once, by the error below.
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
@@ -139,6 +143,8 @@ def _place(
     pairs: Sequence[PairResult],
     feeds: Sequence[Arrays],
     tell: Callable[[str], None],
+    *,
+    kernels: bool | None,
 ) -> Divergence | None:
     failed = [pair for pair in pairs if not pair]
     if not failed:
@@ -149,14 +155,16 @@ def _place(
         return Divergence(None, note, window, 0, len(artifact.manifest.checkpoints), ())
     from depthwire.runtime._localize import first_divergence
 
-    return first_divergence(artifact, programs, feeds[window], window=window, tell=tell)
+    return first_divergence(artifact, programs, feeds[window], window=window, tell=tell, kernels=kernels)
 
 
-def _ort_version() -> str:
+def _runtime(artifact: Artifact, *, kernels: bool | None) -> dict[str, str]:
     import onnxruntime
 
-    found: str = onnxruntime.__version__
-    return found
+    from depthwire.runtime.onnxruntime import reads_run_by
+
+    reads = reads_run_by(artifact, kernels=kernels)
+    return {"onnxruntime": str(onnxruntime.__version__)} | ({} if reads is None else {"reads by": reads})
 
 
 def _silent(_: str) -> None:

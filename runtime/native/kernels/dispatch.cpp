@@ -1,0 +1,78 @@
+// Which instruction set's kernels this CPU runs.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace depthwire {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels kTable[3];
+}
+namespace avx2 {
+extern const Kernels kTable[3];
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels kTable[3];
+}
+#endif
+#if !defined(__aarch64__)
+namespace baseline {
+extern const Kernels kTable[3];
+}
+#endif
+
+namespace {
+
+struct Choice {
+  const char* name;
+  const Kernels* table;
+  bool supported;
+};
+
+const Choice* choices() {
+  // __builtin_cpu_supports also asks whether the operating system saves the registers.
+  static const Choice found[] = {
+#if defined(__x86_64__)
+      {"avx512", avx512::kTable,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq")},
+      {"avx2", avx2::kTable,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#elif defined(__aarch64__)
+      {"neon", neon::kTable, true},
+#endif
+#if !defined(__aarch64__)
+      {"baseline", baseline::kTable, true},
+#endif
+      {nullptr, nullptr, true},
+  };
+  return found;
+}
+
+const Choice& best() {
+  static const Choice& chosen = []() -> const Choice& {
+    const Choice* choice = choices();
+    while (!choice->supported) ++choice;
+    return *choice;
+  }();
+  return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels(Element element) { return best().table[static_cast<int>(element)]; }
+
+const Kernels* kernels_of(const char* instruction_set, Element element) {
+  for (const Choice* choice = choices(); choice->name != nullptr; ++choice) {
+    if (std::strcmp(choice->name, instruction_set) == 0) {
+      return choice->supported ? choice->table + static_cast<int>(element) : nullptr;
+    }
+  }
+  return nullptr;
+}
+
+const char* instruction_set() { return best().name; }
+
+}  // namespace depthwire

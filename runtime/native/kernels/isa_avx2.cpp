@@ -1,0 +1,2 @@
+#define DEPTHWIRE_ISA avx2
+#include "table.h"

@@ -1,0 +1,2 @@
+#define DEPTHWIRE_ISA avx512
+#include "table.h"

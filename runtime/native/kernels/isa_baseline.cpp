@@ -1,0 +1,2 @@
+#define DEPTHWIRE_ISA baseline
+#include "table.h"

@@ -1,0 +1,2 @@
+#define DEPTHWIRE_ISA neon
+#include "table.h"

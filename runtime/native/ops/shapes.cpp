@@ -1,0 +1,98 @@
+#include "shapes.h"
+
+#include <atomic>
+#include <new>
+
+#include "status.h"
+
+namespace depthwire {
+
+namespace {
+
+std::atomic<const OrtApi*> interface_of_process{nullptr};
+
+// One axis: its size, or -1 and perhaps a name.
+struct Axis {
+  std::int64_t size;
+  const char* name;
+};
+
+struct Shape {
+  ONNXTensorElementDataType type;
+  std::vector<Axis> axes;
+};
+
+OrtStatus* input_shape(const OrtApi& api, OrtShapeInferContext* context, int index, Shape& shape) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's
+  DEPTHWIRE_TRY(api.ShapeInferContext_GetInputTypeShape(context, static_cast<std::size_t>(index), &info));
+  if (info == nullptr) return api.CreateStatus(ORT_INVALID_ARGUMENT, "an input has no type");
+  DEPTHWIRE_TRY(api.GetTensorElementType(info, &shape.type));
+  std::size_t rank = 0;
+  DEPTHWIRE_TRY(api.GetDimensionsCount(info, &rank));
+  std::vector<std::int64_t> sizes(rank);
+  std::vector<const char*> names(rank);
+  if (rank != 0) {
+    DEPTHWIRE_TRY(api.GetDimensions(info, sizes.data(), rank));
+    DEPTHWIRE_TRY(api.GetSymbolicDimensions(info, names.data(), rank));
+  }
+  for (std::size_t i = 0; i < rank; ++i) shape.axes.push_back({sizes[i], names[i]});
+  return nullptr;
+}
+
+OrtStatus* set_output(const OrtApi& api, OrtShapeInferContext* context, std::size_t index, const Shape& shape) {
+  std::vector<std::int64_t> sizes;
+  std::vector<const char*> names;
+  for (const Axis& axis : shape.axes) {
+    sizes.push_back(axis.size);
+    names.push_back(axis.name == nullptr ? "" : axis.name);
+  }
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  DEPTHWIRE_TRY(api.CreateTensorTypeAndShapeInfo(&info));
+  OrtStatus* status = api.SetTensorElementType(info, shape.type);
+  if (status == nullptr) status = api.SetDimensions(info, sizes.data(), sizes.size());
+  if (status == nullptr) status = api.SetSymbolicDimensions(info, names.data(), names.size());
+  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, index, info);
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  return status;
+}
+
+OrtStatus* infer(const OrtApi& api, const OpSpec& spec, OrtShapeInferContext* context) {
+  std::size_t count = 0;
+  DEPTHWIRE_TRY(api.ShapeInferContext_GetInputCount(context, &count));
+  if (count != static_cast<std::size_t>(spec.inputs())) {
+    return refuse(api, spec, "has " + std::to_string(count) + " inputs, wanted " + std::to_string(spec.inputs()));
+  }
+  Shape row;
+  if (spec.family == Family::merge) {
+    DEPTHWIRE_TRY(input_shape(api, context, spec.inter_out(), row));
+    if (!row.axes.empty()) row.axes.erase(row.axes.begin());
+  } else {
+    DEPTHWIRE_TRY(input_shape(api, context, spec.first_source(), row));
+  }
+  if (spec.family != Family::inter) {
+    DEPTHWIRE_TRY(set_output(api, context, 0, row));
+    return spec.add ? set_output(api, context, 1, row) : nullptr;
+  }
+  Shape queries;
+  DEPTHWIRE_TRY(input_shape(api, context, 0, queries));
+  row.axes.insert(row.axes.begin(), queries.axes.empty() ? Axis{-1, nullptr} : queries.axes.front());
+  DEPTHWIRE_TRY(set_output(api, context, 0, row));
+  if (row.axes.size() > 1) row.axes.pop_back();
+  row.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  return set_output(api, context, 1, row);
+}
+
+}  // namespace
+
+void set_api(const OrtApi* api) { interface_of_process = api; }
+
+OrtStatus* infer_output_shapes(const OpSpec& spec, OrtShapeInferContext* context) {
+  const OrtApi& api = *interface_of_process.load();
+  try {
+    return infer(api, spec, context);
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(ORT_FAIL, "depthwire: out of memory");
+  }
+}
+
+}  // namespace depthwire

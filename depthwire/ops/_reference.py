@@ -53,20 +53,25 @@ def mix(
     Returns:
         ``[..., d]`` in the arithmetic's dtype.
     """
+    # Source by source: a stack of all n, and each step over it, would be written to memory and read again.
     values, logits = [], []
     if mixed is not None:
         compute = compute_dtype(mixed[0])
-        values.append(mixed[0].to(compute).unsqueeze(0))
-        logits.append(mixed[1].to(compute).unsqueeze(0))
-    if sources:
-        value, rstd = _normalised(sources, eps)
-        logit = (value * query.to(value.dtype)).sum(-1) * rstd * scale
-        if last_bias:
-            logit = torch.cat([logit[:-1], logit[-1:] + last_bias])
+        values.append(mixed[0].to(compute))
+        logits.append(mixed[1].to(compute))
+    for index, source in enumerate(sources):
+        value = source.to(compute_dtype(source))
+        rstd = torch.rsqrt(value.square().mean(-1) + eps)
+        logit = (value @ query.to(value.dtype)) * rstd * scale
+        if last_bias and index == len(sources) - 1:
+            logit = logit + last_bias
         logits.append(logit)
         values.append(value * rstd.unsqueeze(-1) if value_norm else value)
-    weights = torch.softmax(torch.cat(logits), dim=0)
-    return (weights.unsqueeze(-1) * torch.cat(values)).sum(0)
+    weights = torch.softmax(torch.stack(logits), dim=0).unsqueeze(-1)
+    out = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        out = torch.addcmul(out, weight, value)
+    return out
 
 
 def weights(query: Tensor, sources: Sequence[Tensor], eps: float, scale: float, last_bias: float = 0.0) -> Tensor:

@@ -46,6 +46,8 @@ def register(name: str, reference: Callable[..., Any], shapes: Shapes) -> Custom
     op = torch.library.custom_op(f"depthwire::{name}", kernel, mutates_args=(), schema=schema)
     op.register_fake(fake)
     _register_gradient(op, reference)
+    for device in ("cpu", "cuda"):  # under autocast a bank holds an fp32 embedding beside sums in half precision
+        op.register_autocast(device, torch.float32)
     op.__doc__ = reference.__doc__
     return op
 

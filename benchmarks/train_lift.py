@@ -139,7 +139,7 @@ def main() -> None:
 def compare(name: str, way: str, other: str, results: dict[str, dict[str, Tensor]]) -> None:
     """Print how one way's loss on a text differs from another's, window by window."""
     figures = paired(results[other][name], results[way][name])
-    figures = {key: round(value, 5) for key, value in figures.items()}
+    figures = {key: None if value is None else round(value, 5) for key, value in figures.items()}
     log(figure="held_out_difference", text=name, way=way, against=other, n=len(results[way][name]), **figures)
 
 

@@ -160,10 +160,10 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def paired(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Return both means, the mean of the windows' differences and its standard error."""
+def paired(before: Tensor, after: Tensor) -> dict[str, float | None]:
+    """Return both means, the mean of the windows' differences and its standard error (of two windows or more)."""
     difference = (after - before).double()
-    error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
+    error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else None
     means = {"before": float(before.double().mean()), "after": float(after.double().mean())}
     return {**means, "difference": float(difference.mean()), "standard_error": error}
 
@@ -203,6 +203,9 @@ def main(
 ) -> None:
     """Train the lift of MODEL, a Hugging Face directory, and write it as a .pt2 file."""
     console, started = Console(stderr=True), time.perf_counter()
+    if out.suffix != ".pt2":
+        raise click.UsageError(f"-o takes the name of a .pt2 file, not {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     training = Training(**how)
     ids = tokens(model, text)
     judged = {str(path): tokens(model, path) for path in held_out}

@@ -13,6 +13,7 @@ STAGES = {
     "attn-res",
     "build",
     "capture",
+    "checkpoint",
     "cli",
     "export",
     "pass",
@@ -25,12 +26,13 @@ STAGES = {
     "runtime",
     "structure",
     "target",
+    "triton",
     "verify",
 }
 
 
 def _sources() -> list[Path]:
-    folders = ("passes", "export", "runtime", "depthwire/cli", "depthwire/ops")
+    folders = ("passes", "export", "runtime", "models", "depthwire/cli", "depthwire/ops")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     return files + sorted((ROOT / "depthwire").glob("*.py"))
 

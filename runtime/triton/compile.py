@@ -1,0 +1,198 @@
+"""Compiling a kernel to a cubin for one GPU architecture; no GPU and no driver is needed.
+
+What a kernel costs is read from the cubin itself: registers and stack of a thread with ``cuobjdump``, which the triton
+package carries, and the launch's shared memory from triton's metadata. Nothing else of these kernels uses a stack, so
+its bytes are those of spilled registers.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from depthwire.errors import BuildError, UsageError
+from depthwire.runtime.target import parse_compute_capability
+from depthwire.runtime.triton.launch import arguments_of, constants_of, kernel_of
+from depthwire.runtime.triton.spec import TRITON_DTYPE
+
+if TYPE_CHECKING:
+    from depthwire.runtime.triton.spec import KernelSpec
+
+CAPABILITIES: Final = ("SM75", "SM80", "SM86", "SM87", "SM89", "SM90", "SM100", "SM110", "SM120")
+"""Compute capabilities that kernels are compiled and examined for; triton knows more, such as SM103 and SM121."""
+
+HIDDEN_PARAMETERS: Final = 2
+"""Pointers that triton appends to the parameters: global and profile scratch. These kernels use neither: pass null."""
+
+_ENTRY: Final = re.compile(r"\.visible \.entry (?P<symbol>\w+)\((?P<parameters>[^)]*)\)")
+_RESOURCES: Final = re.compile(
+    r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one GPU architecture.
+
+    Attributes:
+        spec: The operator.
+        capability: Compute capability, as ``SM87``. Up to SM89 the cubin also runs on later minor versions of the same
+            major; from SM90 on it is specific to this one.
+        symbol: Name of the kernel in the cubin.
+        cubin: The ELF file that ``cuModuleLoadData`` takes.
+        ptx: What it was assembled from.
+        parameters: PTX types of the kernel's parameters: the node's inputs, its outputs, and triton's two hidden ones.
+        threads: Threads of a block.
+        programs: Blocks a row of the sources.
+        registers: Of a thread.
+        shared: Bytes of dynamic shared memory to launch with.
+        spills: Bytes of a thread's stack, which only spilled registers use.
+    """
+
+    spec: KernelSpec
+    capability: str
+    symbol: str
+    cubin: bytes
+    ptx: str
+    parameters: tuple[str, ...]
+    threads: int
+    programs: int
+    registers: int
+    shared: int
+    spills: int
+
+
+def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
+    """Compile an operator's kernel.
+
+    Args:
+        spec: The operator.
+        capability: Compute capability in any usual spelling (``SM87``, ``8.7``).
+
+    Raises:
+        UsageError: ``target.bad-compute-capability``; ``triton.compute-capability`` below 7.5.
+        BuildError: ``triton.missing``, ``triton.compile-failed``, or ``triton.parameters`` if the kernel's parameters
+            are not the node's inputs and outputs.
+    """
+    capability = parse_compute_capability(capability)
+    architecture = int(capability[2:])
+    if architecture < 75:
+        raise UsageError(
+            "triton.compute-capability",
+            "The kernels cannot be compiled for this GPU",
+            at="compute capability",
+            want="7.5 (Turing) or later",
+            got=capability,
+            todo="Run the function bodies there: leave the kernels out.",
+        )
+    compiled = _triton_compile(spec, architecture)
+    ptx, cubin = str(compiled.asm["ptx"]), bytes(compiled.asm["cubin"])
+    entry = _ENTRY.search(ptx)
+    parameters = tuple(re.findall(r"\.param (\.\w+)", entry["parameters"])) if entry else ()
+    wanted = (".u64",) * (len(spec.inputs) + len(spec.outputs) + HIDDEN_PARAMETERS)
+    if entry is None or parameters != wanted:
+        raise BuildError(
+            "triton.parameters",
+            "The compiled kernel does not take the node's inputs and outputs",
+            at=f"{spec.key}, {capability}",
+            want=f"{len(wanted)} pointers",
+            got=" ".join(parameters) or "no .entry in the PTX",
+            todo="Use a triton release that Depthwire was tested with (constraints.txt).",
+        )
+    registers, static_shared, spills = _resources(cubin)
+    del static_shared  # reserved by the system from SM90 on, and not part of the launch
+    return Compiled(
+        spec=spec,
+        capability=capability,
+        symbol=entry["symbol"],
+        cubin=cubin,
+        ptx=ptx,
+        parameters=parameters,
+        threads=32 * spec.launch.warps,
+        programs=spec.launch.programs,
+        registers=registers,
+        shared=int(compiled.metadata.shared),
+        spills=spills,
+    )
+
+
+def _triton_compile(spec: KernelSpec, architecture: int) -> Any:
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise BuildError(
+            "triton.missing",
+            "GPU kernels are compiled by triton, which is not installed",
+            at="import triton",
+            want="triton 3.9 or later (Linux)",
+            got=str(error),
+            todo="pip install 'depthwire[triton]'",
+        ) from error
+    kernel = kernel_of(spec)
+    pointers: dict[str, Any] = {name: f"*{TRITON_DTYPE[spec.dtype_of(name)]}" for name in (*spec.inputs, *spec.outputs)}
+    arguments = arguments_of(spec, pointers, absent="constexpr")
+    constants = constants_of(spec)
+    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
+    constants |= {name: None for name, kind in arguments.items() if kind == "constexpr"}  # type: ignore[misc]
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # line tables would make up most of the cubin
+        try:
+            return triton.compile(
+                ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(arguments)),
+                target=GPUTarget("cuda", architecture, 32),
+                options={"num_warps": spec.launch.warps, "enable_fp_fusion": True, "maxnreg": _registers(spec)},
+            )
+        except Exception as error:
+            raise BuildError(
+                "triton.compile-failed",
+                "triton cannot compile this kernel",
+                at=f"{spec.key}, SM{architecture}",
+                want="a cubin",
+                got=f"{type(error).__name__}: {error}",
+                todo="Report it; until then leave this node to its function body.",
+            ) from error
+
+
+def _registers(spec: KernelSpec) -> int | None:
+    """Return the most registers of a thread: the assembler would spill a few to fit two blocks of 16 warps on an SM."""
+    return 128 if spec.launch.warps > 8 else None
+
+
+def _alignment(arguments: dict[str, Any]) -> dict[tuple[int, ...], list[list[str | int]]]:
+    """Promise that every pointer is divisible by 16, as those of ONNX Runtime and TensorRT are; the launcher checks."""
+    aligned: list[list[str | int]] = [["tt.divisibility", 16]]
+    found: dict[tuple[int, ...], list[list[str | int]]] = {}
+    for place, kind in enumerate(arguments.values()):
+        if isinstance(kind, tuple):
+            found |= {(place, index): aligned for index in range(len(kind))}
+        elif kind != "constexpr":
+            found[place,] = aligned
+    return found
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Return registers, static shared memory and stack bytes of the one kernel of a cubin."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - triton's own tool
+    match = _RESOURCES.search(done.stdout)
+    if match is None:
+        raise BuildError(
+            "triton.compile-failed",
+            "The compiled kernel cannot be examined",
+            at=command[0],
+            want="a line with REG, STACK, SHARED and LOCAL",
+            got=(done.stderr or done.stdout).strip()[:400] or "no output",
+            todo="Use a triton release that Depthwire was tested with (constraints.txt).",
+        )
+    return int(match["registers"]), int(match["shared"]), max(int(match["stack"]), int(match["local"]))

@@ -24,6 +24,7 @@ class Options(TypedDict, total=False):
     batch: int
     seq_len: int | None
     image_size: int | None
+    checkpoint_map: str | None
     attn_res: str | None
     correction: Literal["eps", "scale"]
     queries: str | Path | None

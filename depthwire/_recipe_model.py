@@ -78,6 +78,8 @@ class SourceOptions(_Strict):
     """Tokens per sequence; the source's own default when absent."""
     image_size: Positive | None = None
     """Pixels per side of a vision model's input; the configuration's when absent."""
+    checkpoint_map: str | None = None
+    """How an AttnRes checkpoint calls its weights: ``kimi-k3``, ``fla``, ``paper`` or a YAML file."""
 
 
 class GoldenOptions(_Strict):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 METADATA = "depthwire.json"
 """Extra member of a saved ``.pt2`` file; JSON."""
 
-SourceKind = Literal["huggingface", "gguf", "factory", "pt2", "module"]
+SourceKind = Literal["huggingface", "gguf", "attn-res", "factory", "pt2", "module"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Source:
         sha256: Hash of each file that determined the model (relative name -> hex), empty where there is no file.
         task: ``causal-lm``, ``encoder``, ``vision`` or ``None`` for a plain module.
         model: Class name of the model, as a label.
-        tokenizer: For a ``.pt2`` file: the Hugging Face directory or GGUF file whose tokenizer belongs to it.
+        tokenizer: For ``.pt2`` files and AttnRes checkpoints: the directory or GGUF file with the tokenizer.
     """
 
     kind: SourceKind
@@ -59,12 +59,13 @@ class Source:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its name, its options, how often it rewrote, and why it declined elsewhere."""
+    """What one pass did: name, options, how often it rewrote, why it declined elsewhere, and what it weighed."""
 
     name: str
     options: Mapping[str, object] = field(default_factory=dict)
     rewrites: int = 0
     declines: tuple[Mapping[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
 

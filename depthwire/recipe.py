@@ -45,6 +45,7 @@ OPTIONS: dict[str, Key] = {
     "batch": ("source", "batch"),
     "seq_len": ("source", "seq_len"),
     "image_size": ("source", "image_size"),
+    "checkpoint_map": ("source", "checkpoint_map"),
     "attn_res": ("attn_res",),
     "correction": ("correction",),
     "queries": ("queries",),

@@ -28,6 +28,7 @@ class CaptureOptions:
     trust_remote_code: bool = False
     image_size: int | None = None
     example_inputs: ExampleInputs | None = None
+    checkpoint_map: str | None = None
 
     def check(self) -> None:
         """Refuse values that cannot be meant whatever the source is.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _LOCAL_ONLY = ("revision",)
+_MAPPED_ONLY = ("checkpoint_map",)
+_WHY_MAPPED = "A map of names belongs to a directory of safetensors weights, or to a hub id."
 
 
 def capture(
@@ -32,6 +34,7 @@ def capture(
     trust_remote_code: bool = False,
     image_size: int | None = None,
     example_inputs: ExampleInputs | None = None,
+    checkpoint_map: str | None = None,
 ) -> Program:
     """Load a model and export it.
 
@@ -46,6 +49,8 @@ def capture(
         trust_remote_code: Run Python code that a checkpoint brings along.
         image_size: Height and width in pixels, for vision models; by default the configuration's.
         example_inputs: Tensors by the names of ``forward``'s parameters, or in its order; a plain module needs them.
+        checkpoint_map: Load AttnRes weights into the reference decoder by their names: ``kimi-k3``, ``fla``,
+            ``paper``, or a YAML file; for directories and hub ids.
 
     Returns:
         The program: functional, static, in eval mode, every node with its ``nn_module_stack``, weights in their
@@ -55,9 +60,12 @@ def capture(
         UsageError: An option cannot be meant, or has no effect on this source.
         CaptureError: The source is missing, unsafe, not whole or not supported, or ``torch.export`` refuses it.
     """
-    options = CaptureOptions(batch, seq_len, task, dtype, revision, trust_remote_code, image_size, example_inputs)
+    options = CaptureOptions(
+        batch, seq_len, task, dtype, revision, trust_remote_code, image_size, example_inputs, checkpoint_map
+    )
     options.check()
     if isinstance(source, nn.Module):
+        options.refuse("an nn.Module", _MAPPED_ONLY, _WHY_MAPPED)
         from depthwire.export._capture_factory import capture_module
 
         return capture_module(source, options)
@@ -79,9 +87,16 @@ def _capture_name(reference: str, options: CaptureOptions) -> Program:
     if path.is_file():
         return _capture_file(path, options, reference)
     if _FACTORY.fullmatch(reference):
+        options.refuse("package.module:factory", _MAPPED_ONLY, _WHY_MAPPED)
         from depthwire.export._capture_factory import capture_factory
 
         return capture_factory(reference, options)
+    if options.checkpoint_map is not None:
+        from depthwire.export._capture_attn_res import capture_attn_res
+        from depthwire.export._hf_files import cached_snapshot
+
+        directory, commit = cached_snapshot(reference, options.revision)
+        return capture_attn_res(directory, options, reference=reference, revision=commit)
     from depthwire.export._capture_hf import capture_hub_id
 
     return capture_hub_id(reference, options)
@@ -92,6 +107,10 @@ def _capture_directory(directory: Path, options: CaptureOptions, reference: str)
     files = sorted(directory.glob("*.gguf"))
     if len(files) == 1 and not (directory / "config.json").exists():
         return _capture_file(files[0], options, reference)
+    from depthwire.export._capture_attn_res import capture_attn_res, is_attn_res
+
+    if options.checkpoint_map is not None or is_attn_res(directory):
+        return capture_attn_res(directory, options, reference=reference)
     from depthwire.export._capture_hf import capture_directory
 
     return capture_directory(directory, options, reference=reference)
@@ -99,6 +118,7 @@ def _capture_directory(directory: Path, options: CaptureOptions, reference: str)
 
 def _capture_file(file: Path, options: CaptureOptions, reference: str) -> Program:
     options.refuse("a local file", _LOCAL_ONLY, "A revision belongs to a hub id.")
+    options.refuse("a local file", _MAPPED_ONLY, _WHY_MAPPED)
     suffix = file.suffix.lower()
     if suffix == ".gguf":
         from depthwire.export._capture_gguf import capture_gguf

@@ -39,6 +39,11 @@ def source_options(function: F) -> F:
             click.option("--seq-len", type=int, help="Tokens per sequence."),
             click.option("--image-size", type=int, help="Pixels per side of a vision model's input."),
             click.option(
+                "--checkpoint-map",
+                metavar="kimi-k3|fla|paper|FILE",
+                help="Load AttnRes weights by their names into the reference decoder.",
+            ),
+            click.option(
                 "--dtype",
                 type=click.Choice(["fp32", "bf16", "fp16"]),
                 help="Cast the weights; as stored when absent.",

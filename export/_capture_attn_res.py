@@ -1,0 +1,103 @@
+"""A directory of AttnRes weights becomes the reference decoder: its own format, or another's through a map of names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from depthwire.artifact import sha256_file
+from depthwire.errors import UsageError
+from depthwire.export._hf_files import CONFIG, read_checkpoint
+from depthwire.export._options import DTYPES, CaptureOptions
+from depthwire.export._torch_export import export_module
+from depthwire.program import Program, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DEFAULT_SEQ_LEN = 512
+_TOKENIZER = "tokenizer_config.json"
+
+
+def is_attn_res(directory: Path) -> bool:
+    """Tell whether a directory holds what ``AttnResDecoder.save`` wrote."""
+    from depthwire.models.attn_res_config import MODEL_TYPE
+
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever reads the directory next says what is wrong with it
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def capture_attn_res(
+    directory: Path, options: CaptureOptions, *, reference: str, revision: str | None = None
+) -> Program:
+    """Capture a checkpoint in the reference decoder.
+
+    Args:
+        directory: Holds ``config.json`` and safetensors weights.
+        options: The user's choices; ``checkpoint_map`` names the tensors.
+        reference: What the user named.
+        revision: Commit, for a hub snapshot.
+
+    Raises:
+        UsageError: An option has no effect, the map cannot be read, or ``seq_len`` is beyond the model's positions.
+        CaptureError: The checkpoint is not whole, or does not fit the decoder.
+    """
+    options.refuse("an AttnRes checkpoint", ("image_size", "trust_remote_code"), "The reference decoder reads tokens.")
+    from depthwire.models.checkpoints import load_checkpoint
+
+    files = read_checkpoint(directory)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    model = load_checkpoint(directory, options.checkpoint_map, dtype=dtype)
+    inputs = {"input_ids": _tokens(options, model.config.vocab_size, model.config.max_length)}
+    exported, names = export_module(model, inputs, select=lambda logits: {"logits": logits})
+    hashes = files.sha256()
+    if options.checkpoint_map is not None and Path(options.checkpoint_map).is_file():
+        hashes["checkpoint-map"] = sha256_file(Path(options.checkpoint_map))
+    source = Source(
+        "attn-res",
+        reference,
+        revision=revision,
+        sha256=hashes,
+        task="causal-lm",
+        model=type(model).__name__,
+        tokenizer=str(directory) if (directory / _TOKENIZER).is_file() else None,
+    )
+    return Program(exported, source, inputs, names)
+
+
+def _tokens(options: CaptureOptions, vocab_size: int, limit: int) -> Tensor:
+    if options.task not in (None, "causal-lm"):
+        raise UsageError(
+            "capture.task",
+            f"the reference decoder is no {options.task} model",
+            at="task",
+            want="causal-lm",
+            got=str(options.task),
+            todo="Leave the task out.",
+        )
+    if options.example_inputs is not None:
+        raise UsageError(
+            "capture.option-without-effect",
+            "example_inputs has no effect on an AttnRes checkpoint",
+            at="example_inputs",
+            want="the option left out",
+            got="given",
+            todo="Use batch and seq_len.",
+        )
+    length = options.seq_len or min(_DEFAULT_SEQ_LEN, limit)
+    if length > limit:
+        raise UsageError(
+            "capture.seq-len",
+            f"the model has positions for {limit} tokens",
+            at="seq_len",
+            want=f"1 to {limit}",
+            got=str(length),
+        )
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (options.batch, length), generator=generator)

@@ -31,16 +31,18 @@ _TRANSLATED_HERE = ("_operator", "math")
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes about torchvision, which nobody asked for."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence the exporter's notes about torchvision and about lists of tensors, which nobody asked for."""
+    loggers = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in ("_registration", "_core")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Translator:
@@ -51,7 +53,7 @@ class Translator:
 
         Args:
             opset: ONNX opset to translate to.
-            custom: Qualified torch name -> onnxscript callable.
+            custom: Qualified torch name -> onnxscript callable; of operators that are not registered nothing is used.
         """
         with _quiet():
             from torch.onnx._internal.exporter import _registration
@@ -59,8 +61,9 @@ class Translator:
             self._registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
             for name, function in custom.items():
                 namespace, op = name.split("::")
-                overload = getattr(getattr(torch.ops, namespace), op).default
-                self._registry.register_op(overload, function)
+                packet = getattr(getattr(torch.ops, namespace), op, None)
+                if packet is not None:  # else its package is not imported, so no program can hold it
+                    self._registry.register_op(packet.default, function)
 
     def missing(self, exported: ExportedProgram) -> list[torch.fx.Node]:
         """Return the calls that have no translation."""

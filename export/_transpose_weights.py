@@ -2,9 +2,10 @@
 
 Before::  t = Transpose<perm = [1, 0]>(weight);  y = MatMul(x, t)      After::  y = MatMul(x, weight.T)
 
-``Linear`` keeps ``[out, in]``, ``MatMul`` reads ``[in, out]``. Left in the graph, every session would transpose every
-weight when it loads. The transposed tensor is a lazy view: nothing is copied until the file is written. A weight that
-something else reads too (a tied embedding) keeps its one copy and its ``Transpose``.
+``Linear`` keeps ``[out, in]``, ``MatMul`` reads ``[in, out]``; experts' weights have an axis of experts before these.
+Left in the graph, every session would transpose every weight when it loads. The transposed tensor is a lazy view:
+nothing is copied until the file is written. A weight that something else reads too (a tied embedding) keeps its one
+copy and its ``Transpose``.
 """
 
 from __future__ import annotations
@@ -43,19 +44,22 @@ class TransposeWeights(InPlacePass):
 
 def _foldable(node: ir.Node, weight: ir.Value, graph: ir.Graph) -> bool:
     perm = node.attributes.get("perm")
-    if perm is None or list(perm.as_ints()) != [1, 0] or weight.const_value is None:
+    if perm is None or weight.const_value is None:
+        return False
+    order = list(perm.as_ints())
+    if len(order) < 2 or order != [*range(len(order) - 2), len(order) - 1, len(order) - 2]:
         return False
     alone = len(weight.uses()) == 1 and weight.name in graph.initializers
     return alone and not weight.is_graph_output() and not node.outputs[0].is_graph_output()
 
 
 def transposed(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol:
-    """Return the transpose of a matrix: of a torch tensor a view, which shares its memory."""
+    """Return a tensor with its two last axes exchanged: of a torch tensor a view, which shares its memory."""
     raw: torch.Tensor | None = getattr(tensor, "raw", None)
     if raw is not None and hasattr(raw, "untyped_storage"):
         from torch.onnx._internal.exporter._core import TorchTensor
 
-        return TorchTensor(raw.t())
+        return TorchTensor(raw.transpose(-1, -2))
     if tensor is None:
         raise ValueError("an initializer without a value")
-    return ir.Tensor(tensor.numpy().T)
+    return ir.Tensor(tensor.numpy().swapaxes(-1, -2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import logging
+import operator
 from typing import TYPE_CHECKING
 
 from depthwire._logs import logs_disabled
@@ -16,9 +17,12 @@ from depthwire.errors import ExportError
 from depthwire.export._torch_onnx import Translator
 from depthwire.export.ops import DOMAIN, OPERATORS
 from depthwire.export.ops._base import VERSION
+from depthwire.export.translations import translations
+from depthwire.passes._match import is_call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch.export import ExportedProgram
 
     from depthwire.program import Program
 
@@ -49,17 +53,29 @@ def to_onnx(program: Program, *, opset: int = MINIMUM_OPSET) -> ir.Model:
             got=str(opset),
             todo=f"Use --opset {MINIMUM_OPSET}.",
         )
-    translator = Translator(opset, {operator.torch_op: operator.translation() for operator in OPERATORS})
+    own = {custom.torch_op: custom.translation() for custom in OPERATORS}
+    translator = Translator(opset, {**translations(), **own})
     exported = translator.decompose_missing(program.exported)
     if exported is program.exported:
         exported = copy.copy(exported)
     model = translator.translate(exported)
+    _name_results(model, exported)
     _set_opset(model, opset)
     _name_interface(model, program)
     _clean(model)
     _attach_bodies(model, opset)
     _label(model)
     return model
+
+
+def _name_results(model: ir.Model, exported: ExportedProgram) -> None:
+    """Name the results of operators with several after the nodes that take them out, as all other values are named."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for node in exported.graph.nodes:
+        if is_call(node, operator.getitem):
+            value = values.get(f"{node.args[0].name}__{node.args[1]}")
+            if value is not None:
+                value.name = node.name
 
 
 def _set_opset(model: ir.Model, opset: int) -> None:
@@ -132,8 +148,8 @@ def _attach_bodies(model: ir.Model, opset: int) -> None:
     for node in list(model.graph):
         if node.domain != DOMAIN or node.op_identifier() in model.functions:
             continue
-        operator = next(operator for operator in OPERATORS if operator.handles(node.op_type))
-        function = operator.body(node, opset=opset)
+        custom = next(custom for custom in OPERATORS if custom.handles(node.op_type))
+        function = custom.body(node, opset=opset)
         model.functions[function.identifier()] = function
         model.graph.opset_imports[DOMAIN] = VERSION
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
+    from depthwire.program import Program
+
 aten = torch.ops.aten
 
 VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -131,3 +133,11 @@ def reachable_without(graph: torch.fx.Graph, roots: Container[str]) -> set[torch
         elif node.op != "output" and all(argument in free for argument in node.all_input_nodes):
             free.add(node)
     return free
+
+
+def constants_of(program: Program) -> dict[str, torch.Tensor]:
+    """Return the constant tensors of a program by the name of their placeholder."""
+    known = program.exported.constants
+    specs = program.exported.graph_signature.input_specs
+    found = {spec.arg.name: known.get(str(spec.target)) for spec in specs if spec.target is not None}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}

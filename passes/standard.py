@@ -9,8 +9,11 @@ from depthwire.passes.canonicalize_constants import CanonicalizeConstants
 from depthwire.passes.canonicalize_views import CanonicalizeViews
 from depthwire.passes.fuse_norm import FuseNorm
 from depthwire.passes.legalize_attention import LegalizeAttention
+from depthwire.passes.legalize_experts import LegalizeExperts
+from depthwire.passes.legalize_writes import LegalizeWrites
 from depthwire.passes.lift_attn_res import LiftAttnRes
 from depthwire.passes.partition import Partition
+from depthwire.passes.recognize_triangular_inverse import RecognizeTriangularInverse
 from depthwire.passes.remove_noops import RemoveNoops
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 def canonical_pipeline(*, verify: bool = True) -> Pipeline:
     """Return the passes that change no structure: what ``inspect`` looks at."""
-    return Pipeline((RemoveNoops(), CanonicalizeViews(), CanonicalizeConstants(), FuseNorm()), verify)
+    passes = (RemoveNoops(), CanonicalizeViews(), CanonicalizeConstants(), RecognizeTriangularInverse(), FuseNorm())
+    return Pipeline(passes, verify)
 
 
 def standard_pipeline(
@@ -45,6 +49,7 @@ def standard_pipeline(
     passes: list[Pass] = list(canonical_pipeline().passes)
     if attn_res is not None:
         passes.append(LiftAttnRes(Partition.parse(attn_res), correction, queries))
+    passes += [LegalizeExperts(), LegalizeWrites()]
     if attention == "decomposed":
         passes.append(LegalizeAttention())
     return Pipeline(tuple(passes))

@@ -83,17 +83,20 @@ def ancestors(graph: torch.fx.Graph) -> dict[torch.fx.Node, int]:
 def longest_chain(exported: ExportedProgram, norms: list[Norm]) -> tuple[Chain | None, int]:
     """Return the longest chain of residual additions, and how many separate streams there are.
 
-    A stream counts if it has at least half the longest one's writes and shares none of them.
+    A stream counts if it has at least half the longest one's writes, shares none of them, and does not lie inside a
+    branch: what a sublayer sums up on its way from one state to the next (a series, a recurrence) is its own affair.
     """
-    chains = _Search(exported.graph, norms).chains
+    search = _Search(exported.graph, norms)
+    chains = search.chains
     longest = max(chains.values(), key=lambda chain: len(chain.writes), default=None)
     if longest is None or len(longest.writes) < _MINIMUM:
         return None, 0
+    longest = search.outermost(longest)
     # Behind a last norm, or inside a branch, a model may go on with additions of another kind.
     sums = [chain for chain in chains.values() if not chain.post_norms]
-    plain = max(sums, key=lambda chain: len(chain.writes))
+    plain = search.outermost(max(sums, key=lambda chain: len(chain.writes)))
     best = plain if len(plain.writes) >= max(_MINIMUM, len(longest.writes) / 2) else longest
-    return best, 1 + _others(best, chains)
+    return best, 1 + _others(best, search)
 
 
 class _Search:
@@ -110,6 +113,23 @@ class _Search:
             found = [chain for side in (0, 1) if (chain := self._extend(node, side)) is not None]
             if found:
                 self.chains[node] = max(found, key=lambda chain: (not chain.post_norms, len(chain.writes)))
+
+    def outermost(self, chain: Chain) -> Chain:
+        """Return the chain that a chain lies in a branch of, and that one's, and so on; itself if there is none."""
+        extended = {other.states[-2] for other in self.chains.values()}
+        whole = [other for end, other in self.chains.items() if end not in extended and len(other.writes) >= _MINIMUM]
+        whole.sort(key=lambda other: -len(other.writes))
+        outer = next((other for other in whole if self.is_inside(chain, other)), None)
+        return chain if outer is None else self.outermost(outer)
+
+    def is_inside(self, chain: Chain, outer: Chain) -> bool:
+        """Tell whether a chain starts behind one state of another and ends before the next."""
+        first, last = chain.origin, chain.states[-1]
+        return any(
+            write.add is not last and self._depends(first, state) and self._depends(write.add, last)
+            for state, write in zip(outer.states, outer.writes, strict=False)
+            if state is not first
+        )
 
     def _extend(self, node: torch.fx.Node, side: int) -> Chain | None:
         """Return the chain that ends in an addition whose operand number ``side`` is the skip."""
@@ -178,12 +198,12 @@ def _branch_scale(branch: torch.fx.Node) -> float:
     return scale
 
 
-def _others(best: Chain, chains: dict[torch.fx.Node, Chain]) -> int:
+def _others(best: Chain, search: _Search) -> int:
     taken = {write.add for write in best.writes}
     count = 0
-    for chain in sorted(chains.values(), key=lambda chain: -len(chain.writes)):
+    for chain in sorted(search.chains.values(), key=lambda chain: -len(chain.writes)):
         adds = {write.add for write in chain.writes}
-        if len(adds) >= max(_MINIMUM, len(best.writes) / 2) and not adds & taken:
+        if len(adds) >= max(_MINIMUM, len(best.writes) / 2) and not adds & taken and not search.is_inside(chain, best):
             count += 1
             taken |= adds
     return count

@@ -1,0 +1,18 @@
+"""Operators that the exporter's own table lacks, translated to standard ONNX operators: one file an operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def translations() -> dict[str, Callable[..., Any]]:
+    """Return qualified torch name -> callable that emits the ONNX nodes for one call."""
+    from depthwire.export.translations.grouped_mm import aten_grouped_mm, grouped_mm
+
+    return {"transformers::grouped_mm_fallback": grouped_mm, "aten::_grouped_mm": aten_grouped_mm}
+
+
+__all__ = ["translations"]

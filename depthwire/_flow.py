@@ -84,8 +84,9 @@ def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stage
 
     Args:
         program: The captured program.
-        recipe: ``attn_res``, ``correction`` and ``queries`` decide.
-        target: Says whether attention stays one operator; it does without a target, as a program to train wants it.
+        recipe: What is lifted, and how reads are executed.
+        target: Says whether attention stays one operator. Without one, as a program to train wants it, it does, and
+            the reads stay single operators whose queries are parameters.
         stages: Where the stage is recorded.
 
     Raises:
@@ -102,6 +103,8 @@ def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stage
             correction=recipe.correction,
             queries=recipe.queries,
             attention="op" if target is None else target.attention,
+            collapse=recipe.collapse_zero_queries,
+            schedule=None if target is None else recipe.schedule,
         ).passes
         # The structure shows in the canonical program alone: stop there on the way, instead of going there twice.
         count = len(front.passes)

@@ -28,6 +28,8 @@ class Options(TypedDict, total=False):
     attn_res: str | None
     correction: Literal["eps", "scale"]
     queries: str | Path | None
+    collapse_zero_queries: bool
+    schedule: Literal["auto", "single"]
     target: str
     opset: int | None
     goldens: int

@@ -135,6 +135,10 @@ class Recipe(_Strict):
     """How the lift keeps each norm's epsilon exact: divide eps by n², or scale the read by n."""
     queries: FilePath | None = None
     """``.safetensors`` with trained depth queries; zero when absent, which preserves the function."""
+    collapse_zero_queries: bool = False
+    """Turn reads whose query is zero back into a plain residual stream."""
+    schedule: Literal["auto", "single"] = "auto"
+    """Let reads share passes over their sources where that moves fewer bytes (``auto``), or never (``single``)."""
     target: str = "ort-cpu"
     """What the artefact is for; ``depthwire targets`` lists them."""
     opset: Annotated[int, Field(ge=18)] | None = None

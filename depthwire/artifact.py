@@ -86,6 +86,7 @@ class PassInfo(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     rewrites: int = 0
     declines: list[dict[str, str]] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
     seconds: float = 0.0
 
 

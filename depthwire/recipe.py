@@ -49,6 +49,8 @@ OPTIONS: dict[str, Key] = {
     "attn_res": ("attn_res",),
     "correction": ("correction",),
     "queries": ("queries",),
+    "collapse_zero_queries": ("collapse_zero_queries",),
+    "schedule": ("schedule",),
     "target": ("target",),
     "opset": ("opset",),
     "goldens": ("goldens", "count"),

@@ -175,6 +175,7 @@ def pass_infos(program: Program) -> list[PassInfo]:
             options=dict(record.options),
             rewrites=record.rewrites,
             declines=[dict(decline) for decline in record.declines],
+            notes=list(record.notes),
             seconds=round(record.seconds, 3),
         )
         for record in program.history

@@ -47,11 +47,19 @@ class Decline:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The new program, how many places were rewritten, and the places that were declined."""
+    """The new program, how many places were rewritten, the places that were declined, and what was weighed.
+
+    Attributes:
+        program: The rewritten program.
+        rewrites: Places rewritten; 0 means that the program is as it was.
+        declines: Why the others were left alone.
+        notes: What a pass that chooses had to choose from, a line each; ``depthwire explain`` prints them.
+    """
 
     program: Program
     rewrites: int
     declines: tuple[Decline, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

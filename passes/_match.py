@@ -141,3 +141,12 @@ def constants_of(program: Program) -> dict[str, torch.Tensor]:
     specs = program.exported.graph_signature.input_specs
     found = {spec.arg.name: known.get(str(spec.target)) for spec in specs if spec.target is not None}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def is_plain_sum(node: torch.fx.Node) -> bool:
+    """Tell whether a node adds two different tensors of its own shape and dtype, both with weight one."""
+    if not is_call(node, aten.add.Tensor) or argument(node, 2, "alpha", 1) != 1 or len(node.all_input_nodes) != 2:
+        return False
+    result = value(node)
+    parts = [value(part) for part in node.all_input_nodes]
+    return all(part.shape == result.shape and part.dtype == result.dtype for part in parts)

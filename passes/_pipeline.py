@@ -66,6 +66,7 @@ class Pipeline:
                 options=step.options(),
                 rewrites=result.rewrites,
                 declines=tuple(decline.as_dict() for decline in result.declines),
+                notes=result.notes,
                 seconds=time.perf_counter() - started,
             )
             logger.info("%s: %d rewrites, %d declines", step.name, result.rewrites, len(result.declines))

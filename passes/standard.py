@@ -8,6 +8,8 @@ from depthwire.passes._pipeline import Pipeline
 from depthwire.passes.canonicalize_constants import CanonicalizeConstants
 from depthwire.passes.canonicalize_views import CanonicalizeViews
 from depthwire.passes.fuse_norm import FuseNorm
+from depthwire.passes.fuse_read_add import FuseReadAdd
+from depthwire.passes.fuse_read_norm import FuseReadNorm
 from depthwire.passes.legalize_attention import LegalizeAttention
 from depthwire.passes.legalize_experts import LegalizeExperts
 from depthwire.passes.legalize_writes import LegalizeWrites
@@ -15,11 +17,15 @@ from depthwire.passes.lift_attn_res import LiftAttnRes
 from depthwire.passes.partition import Partition
 from depthwire.passes.recognize_triangular_inverse import RecognizeTriangularInverse
 from depthwire.passes.remove_noops import RemoveNoops
+from depthwire.passes.remove_trivial_reads import RemoveTrivialReads
+from depthwire.passes.remove_zero_queries import RemoveZeroQueries
+from depthwire.passes.schedule_two_phase import ScheduleTwoPhase
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from depthwire.passes._base import Pass
+    from depthwire.passes.schedule_two_phase import Policy
 
 
 def canonical_pipeline(*, verify: bool = True) -> Pipeline:
@@ -34,6 +40,8 @@ def standard_pipeline(
     correction: Literal["eps", "scale"] = "eps",
     queries: Path | None = None,
     attention: Literal["op", "decomposed"] = "decomposed",
+    collapse: bool = False,
+    schedule: Policy | None = None,
 ) -> Pipeline:
     """Return the passes of ``depthwire convert``.
 
@@ -42,6 +50,9 @@ def standard_pipeline(
         correction: How a zero-query read is made to preserve the function.
         queries: Trained queries.
         attention: Whether the target takes attention as one operator.
+        collapse: Turn reads whose query is zero back into a plain residual stream.
+        schedule: How reads are executed (fused, and in two phases where it pays); ``None`` leaves them single
+            operators, for training.
 
     Raises:
         UsageError: ``attn_res`` cannot be read.
@@ -49,6 +60,11 @@ def standard_pipeline(
     passes: list[Pass] = list(canonical_pipeline().passes)
     if attn_res is not None:
         passes.append(LiftAttnRes(Partition.parse(attn_res), correction, queries))
+    passes.append(RemoveTrivialReads())
+    if collapse:
+        passes.append(RemoveZeroQueries())
+    if schedule is not None:
+        passes += [ScheduleTwoPhase(schedule), FuseReadNorm(), FuseReadAdd()]
     passes += [LegalizeExperts(), LegalizeWrites()]
     if attention == "decomposed":
         passes.append(LegalizeAttention())

@@ -70,6 +70,25 @@ def lift_options(function: F) -> F:
                 type=click.Choice(["eps", "scale"]),
                 help="Keep the norms exact by eps/n² (default) or by scaling the read.",
             ),
+            click.option(
+                "--collapse-zero-queries",
+                is_flag=True,
+                default=None,
+                help="Turn reads whose query is zero back into a plain residual stream.",
+            ),
+        ]
+    )(function)
+
+
+def schedule_options(function: F) -> F:
+    """Add what decides how reads are executed."""
+    return _group(
+        [
+            click.option(
+                "--schedule",
+                type=click.Choice(["auto", "single"]),
+                help="Two-phase reads where they move fewer bytes (default), or each read by itself.",
+            ),
         ]
     )(function)
 

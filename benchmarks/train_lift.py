@@ -1,12 +1,13 @@
 """What training the queries of a lifted model gains on held-out text, against fine-tunes with as many parameters.
 
 Every way of training (``--ways``) sees the same tokens of the same text in the same order, with the same optimiser and
-number of steps (``examples/train_lift.py``). Its learning rate is the one of ``--rates`` with the lowest loss on the
-validation text after ``--probe-steps``; then it trains from the start for ``--steps``.
+number of steps (``examples/train_lift.py``). Its learning rate is the one of three with the lowest loss on the
+validation text after ``--probe-steps`` (``--rates`` for gains and biases, ``--query-rates`` for queries, both by
+position for both); then it trains from the start for ``--steps``.
 
-Prints, for each way and held-out text, ``held_out_loss`` in nats per token and ``held_out_difference`` from the
-untouched model, the mean over windows read by both, with its standard error; and ``held_out_versus`` for pairs of
-ways. The texts are those of ``tools/fetch_texts.py``.
+Prints, for each way and held-out text, ``held_out_loss`` in nats per token, the loss of every window, and
+``held_out_difference`` from the untouched model and from the fine-tune with as many parameters: the mean over windows
+read by both, with its standard error. The texts are those of ``tools/fetch_texts.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,25 +40,34 @@ def log(**fields: object) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def best_rate(
+def candidates(train: str, options: argparse.Namespace) -> list[Training]:
+    """Return the trainings to choose from: one for each rate, or pair of rates, of what is trained."""
+    gains, queries = "norms" in train, "queries" in train
+    return [
+        Training(1, lr if gains else 0.0, query_lr if queries else 0.0, options.seed, bf16=options.bf16)
+        for lr, query_lr in zip(options.rates, options.query_rates, strict=True)
+    ]
+
+
+def choose_rates(
     way: str,
     module: nn.Module,
     parameters: dict[str, nn.Parameter],
     texts: dict[str, Tensor],
     options: argparse.Namespace,
-) -> float:
-    """Return the rate with the lowest validation loss after a short training; the parameters are left as found."""
+) -> Training:
+    """Return the training with the lowest validation loss after a few steps; the parameters are left as found."""
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    losses: dict[float, float] = {}
-    for lr in options.rates:
-        how = Training(options.probe_steps, lr, seed=options.seed, bf16=options.bf16)
-        train_parameters(module, parameters, texts["train"], options.seq_len, how)
-        losses[lr] = float(held_out_losses(module, texts["validation"], options.seq_len).mean())
+    losses: dict[Training, float] = {}
+    for how in candidates(way.split()[1], options):
+        short = replace(how, steps=options.probe_steps)
+        train_parameters(module, parameters, texts["train"], options.seq_len, short)
+        losses[how] = float(held_out_losses(module, texts["validation"], options.seq_len).mean())
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(start[name])
-        log(figure="validation_loss", way=way, lr=lr, steps=options.probe_steps, value=losses[lr])
-    return min(losses, key=lambda lr: losses[lr])
+        log(figure="validation_loss", way=way, value=round(losses[how], 5), **asdict(short))
+    return replace(min(losses, key=lambda how: losses[how]), steps=options.steps)
 
 
 def train_way(way: str, texts: dict[str, Tensor], options: argparse.Namespace) -> dict[str, Tensor]:
@@ -66,16 +77,14 @@ def train_way(way: str, texts: dict[str, Tensor], options: argparse.Namespace) -
     module = capture(options.model, train, form, options.seq_len).module()
     parameters = choose(module, train)
     count = sum(parameter.numel() for parameter in parameters.values())
-    lr = best_rate(way, module, parameters, texts, options)
-    how = Training(options.steps, lr, seed=options.seed, bf16=options.bf16)
+    how = choose_rates(way, module, parameters, texts, options)
     losses = train_parameters(module, parameters, texts["train"], options.seq_len, how)
     tenth = max(1, len(losses) // 10)
     log(
         figure="trained",
         way=way,
         parameters=count,
-        lr=lr,
-        steps=options.steps,
+        **asdict(how),
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
         cpu_seconds=round(time.process_time() - started),
@@ -98,10 +107,11 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=ROOT / ".cache" / "texts")
     parser.add_argument("--ways", nargs="+", default=WAYS)
     parser.add_argument("--rates", nargs="+", type=float, default=(1e-3, 3e-3, 1e-2))
-    parser.add_argument("--probe-steps", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--query-rates", nargs="+", type=float, default=(3e-5, 1e-4, 3e-4))
+    parser.add_argument("--probe-steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=72)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=24, help="of each held-out text")
+    parser.add_argument("--windows", type=int, default=20, help="of each held-out text")
     parser.add_argument("--validation-windows", type=int, default=8)
     parser.add_argument("--bf16", action="store_true", help="train with bf16 autocast; losses are fp32 all the same")
     parser.add_argument("--threads", type=int, default=1)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from depthwire.program import Program
 
+QUERIES = "attn_res.query."
 TRAINED = ("queries", "queries+norms", "norms", "norms+bias")
 TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "sotu-2000.txt"
 
@@ -42,6 +43,7 @@ class Training:
 
     steps: int
     lr: float
+    query_lr: float
     seed: int = 0
     batch: int = 1
     bf16: bool = False
@@ -82,7 +84,7 @@ def choose(module: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """Freeze all parameters but those to be trained, and return these by name."""
     chosen = {}
     for name, parameter in module.named_parameters():
-        is_query = name.startswith("attn_res.query.")
+        is_query = name.startswith(QUERIES)
         parameter.requires_grad_(("queries" in train and is_query) or ("norms" in train and "norm" in name))
         if parameter.requires_grad:
             chosen[name] = parameter
@@ -126,14 +128,17 @@ def train_parameters(
 
     Args:
         module: Takes tokens ``[batch, seq_len]``, returns logits.
-        parameters: What to train; the rest is frozen.
+        parameters: What to train, by name; the rest is frozen.
         ids: The text, ``[n]``.
         seq_len: Tokens per window.
-        how: Steps, rate, seed.
+        how: Steps, rates, seed. A logit is a sum over the whole width, so that a query takes much smaller steps than
+            a gain does.
         report: Called with the loss after every step.
     """
     generator = torch.Generator().manual_seed(how.seed)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=how.lr, weight_decay=0.0)  # decay pulls queries to zero
+    rates = {name: how.query_lr if name.startswith(QUERIES) else how.lr for name in parameters}
+    groups = [{"params": [parameter], "lr": rates[name]} for name, parameter in parameters.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # decay would pull the queries back to zero
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, how.steps))
     losses = []
     for _ in range(how.steps):
@@ -181,7 +186,8 @@ def paired(before: Tensor, after: Tensor) -> dict[str, float | None]:
     help="What to judge on; may be repeated. Without it the last quarter of the text is held out.",
 )
 @click.option("--steps", default=100, show_default=True)
-@click.option("--lr", default=3e-3, show_default=True)
+@click.option("--lr", default=3e-3, show_default=True, help="Learning rate of gains and biases.")
+@click.option("--query-lr", default=1e-4, show_default=True, help="Learning rate of queries.")
 @click.option("--seq-len", default=256, show_default=True)
 @click.option("--batch", default=1, show_default=True)
 @click.option("--bf16", is_flag=True, help="Train with bf16 autocast; the held-out loss is fp32 all the same.")

@@ -89,7 +89,7 @@ def test_exactly_the_parameters_named_are_trained_and_the_loss_falls(
     before = held_out_losses(module, ids, LENGTH, BATCH)
     torch.testing.assert_close(before, plain_losses)  # nothing is trained yet: each start is the model itself
 
-    losses = train_parameters(module, chosen, ids, LENGTH, Training(3, 3e-2, batch=BATCH))
+    losses = train_parameters(module, chosen, ids, LENGTH, Training(3, 3e-2, 3e-2, batch=BATCH))
     assert len(losses) == 3
     after = held_out_losses(module, ids, LENGTH, BATCH)
     assert float((after - before).mean()) < -0.01
@@ -102,14 +102,14 @@ def test_bf16_training_follows_fp32_and_a_rate_of_zero_changes_nothing(model: Pa
     module = capture(model, "queries", "block:2", LENGTH, BATCH).module()
     chosen, ids = choose(module, "queries"), tokens(model, text)
     before = held_out_losses(module, ids, LENGTH, BATCH)
-    still = train_parameters(module, chosen, ids, LENGTH, Training(3, 0.0, batch=BATCH))
+    still = train_parameters(module, chosen, ids, LENGTH, Training(3, 3e-2, 0.0, batch=BATCH))
     assert torch.equal(before, held_out_losses(module, ids, LENGTH, BATCH))
 
-    fp32 = train_parameters(module, chosen, ids, LENGTH, Training(3, 3e-2, batch=BATCH))
+    fp32 = train_parameters(module, chosen, ids, LENGTH, Training(3, 3e-2, 3e-2, batch=BATCH))
     with torch.no_grad():
         for query in chosen.values():
             query.zero_()
-    bf16 = train_parameters(module, chosen, ids, LENGTH, Training(3, 3e-2, batch=BATCH, bf16=True))
+    bf16 = train_parameters(module, chosen, ids, LENGTH, Training(3, 3e-2, 3e-2, batch=BATCH, bf16=True))
     # Eight bits of significand in every matrix product: a few parts in a hundred of a loss of some nats.
     assert bf16 == pytest.approx(fp32, rel=0.03)
     assert bf16 != fp32
@@ -118,7 +118,18 @@ def test_bf16_training_follows_fp32_and_a_rate_of_zero_changes_nothing(model: Pa
 
 def test_the_command_trains_saves_and_converts(model: Path, text: Path, tmp_path: Path) -> None:
     tuned, out = tmp_path / "new" / "tuned.pt2", tmp_path / "onnx"
-    sizes = ["--attn-res", "block:2", "--steps", "3", "--lr", "0.03", "--seq-len", str(LENGTH), "--batch", str(BATCH)]
+    sizes = [
+        "--attn-res",
+        "block:2",
+        "--steps",
+        "3",
+        "--query-lr",
+        "0.03",
+        "--seq-len",
+        str(LENGTH),
+        "--batch",
+        str(BATCH),
+    ]
     files = ["--text", str(text), "--held-out", str(text), "-o", str(tuned), "--convert", str(out)]
     result = CliRunner().invoke(main, [str(model), *sizes, *files], catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -12,6 +12,9 @@
 #include "op.h"
 #include "shapes.h"
 #include "status.h"
+#ifdef DEPTHWIRE_CUDA
+#include "cuda_backend.h"
+#endif
 
 namespace depthwire {
 
@@ -21,18 +24,33 @@ constexpr const char* kDomain = "depthwire";
 // Session configuration entry: the operators to register, "AttnResRead_9,AttnResAddReadNorm_2-33"; all if absent.
 constexpr const char* kOpsEntry = "depthwire.ops";
 
-std::vector<const Backend*> backends() { return {&cpu_backend()}; }
-
-OrtStatus* read_entry(const OrtApi& api, const OrtSessionOptions* options, bool& present, std::string& value) {
+OrtStatus* read_entry(const OrtApi& api, const OrtSessionOptions* options, const char* name, bool& present,
+                      std::string& value) {
   int has = 0;
-  DEPTHWIRE_TRY(api.HasSessionConfigEntry(options, kOpsEntry, &has));
+  DEPTHWIRE_TRY(api.HasSessionConfigEntry(options, name, &has));
   present = has != 0;
   if (!present) return nullptr;
   std::size_t size = 0;
-  DEPTHWIRE_TRY(api.GetSessionConfigEntry(options, kOpsEntry, nullptr, &size));
+  DEPTHWIRE_TRY(api.GetSessionConfigEntry(options, name, nullptr, &size));
   value.resize(size);
-  DEPTHWIRE_TRY(api.GetSessionConfigEntry(options, kOpsEntry, value.data(), &size));
+  DEPTHWIRE_TRY(api.GetSessionConfigEntry(options, name, value.data(), &size));
   value.resize(size == 0 ? 0 : size - 1);  // its terminating zero
+  return nullptr;
+}
+
+// The providers that a session gets kernels for: the CPU's always, the CUDA provider's where there are cubins.
+OrtStatus* choose_backends(const OrtApi& api, const OrtSessionOptions* options, std::vector<const Backend*>& backends) {
+  backends = {&cpu_backend()};
+#ifdef DEPTHWIRE_CUDA
+  bool present = false;
+  std::string folder;
+  DEPTHWIRE_TRY(read_entry(api, options, kKernelsEntry, present, folder));
+  if (!present) return nullptr;
+  DEPTHWIRE_TRY(add_kernels(api, folder));
+  backends.push_back(&cuda_backend());
+#else
+  static_cast<void>(api), static_cast<void>(options);
+#endif
   return nullptr;
 }
 
@@ -64,12 +82,14 @@ OrtStatus* chosen(const OrtApi& api, const std::string& entry, std::vector<OpSpe
 OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions* options) {
   bool present = false;
   std::string entry;
-  DEPTHWIRE_TRY(read_entry(api, options, present, entry));
+  DEPTHWIRE_TRY(read_entry(api, options, kOpsEntry, present, entry));
+  std::vector<const Backend*> backends;
+  DEPTHWIRE_TRY(choose_backends(api, options, backends));
   // Sessions use a domain for as long as they live; the same operators share one, which is never released.
   static std::mutex guard;
   static auto& domains = *new std::map<std::string, OrtCustomOpDomain*>();
   const std::lock_guard lock(guard);
-  const std::string key = present ? entry : "*";
+  const std::string key = (present ? entry : "*") + "/" + std::to_string(backends.size());
   if (const auto known = domains.find(key); known != domains.end()) return api.AddCustomOpDomain(options, known->second);
   std::vector<OpSpec> specs;
   if (present) {
@@ -79,7 +99,7 @@ OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions* options) {
   }
   OrtCustomOpDomain* domain = nullptr;
   DEPTHWIRE_TRY(api.CreateCustomOpDomain(kDomain, &domain));
-  for (const Backend* backend : backends()) {
+  for (const Backend* backend : backends) {
     for (const OpSpec& spec : specs) DEPTHWIRE_TRY(api.CustomOpDomain_Add(domain, custom_op(spec, *backend)));
   }
   domains.emplace(key, domain);

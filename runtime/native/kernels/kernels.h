@@ -44,17 +44,35 @@ struct InterCall {
   float eps, scale;
 };
 
-// Both work on rows [first, last). `scratch` holds scratch_floats(...) values and belongs to the calling thread.
+// Both work on rows [first, last), best a multiple of block_rows(width) of them. `scratch` belongs to the calling
+// thread and holds as many floats as read_scratch or inter_scratch say.
 struct Kernels {
   void (*read)(const ReadCall& call, std::int64_t first, std::int64_t last, float* scratch);
   void (*inter)(const InterCall& call, std::int64_t first, std::int64_t last, float* scratch);
   void (*widen)(const void* from, std::int64_t count, float* to);  // any element type to fp32
 };
 
-inline std::size_t read_scratch_floats(const ReadCall& call) { return static_cast<std::size_t>(call.width); }
-inline std::size_t inter_scratch_floats(const InterCall& call) {
-  // Logits of every query, padded to whole vectors, and the rstd of every source.
-  return static_cast<std::size_t>(call.query_count + 1) * (kMaxSources + 16);
+// The rows that a read works on together, whose sums stay in half an L1 cache to half an L2 cache, and at most.
+constexpr int kBlockRows = 16;
+static inline int block_rows(std::int64_t width) {
+  const std::int64_t rows = 16 * 1024 / width;
+  return rows < 1 ? 1 : rows > kBlockRows ? kBlockRows : static_cast<int>(rows);
+}
+static inline std::size_t read_scratch(const ReadCall& call) {
+  return static_cast<std::size_t>(block_rows(call.width)) * static_cast<std::size_t>(call.width);
+}
+
+// The rows of all sources that phase 1 keeps a copy of, one beside the other, in the L2 cache.
+constexpr int kPackedFloats = 96 * 1024;
+static inline int packed_rows(std::int64_t width, int count) {
+  const std::int64_t rows = kPackedFloats / (width * count);
+  return rows < 1 ? 1 : rows > kBlockRows ? kBlockRows : static_cast<int>(rows);
+}
+static inline int padded_logits(int count) { return (count + 15) / 16 * 16; }  // whole vectors of any width
+static inline std::size_t inter_scratch(const InterCall& call) {
+  const auto rows = static_cast<std::size_t>(packed_rows(call.width, call.count));
+  const auto copy = static_cast<std::size_t>(call.count) * static_cast<std::size_t>(call.width);
+  return rows * (copy + static_cast<std::size_t>(padded_logits(call.count)) * (call.query_count + 1));
 }
 
 // The best kernels this CPU runs, or those of the named instruction set ("avx512", "avx2", "neon", "baseline"), null

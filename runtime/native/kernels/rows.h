@@ -1,7 +1,9 @@
-// The kernels over rows, written once for every instruction set and element type. See kernels.h for what they compute.
+// The reads over rows, written once for every instruction set and element type. See kernels.h for what they compute.
 //
-// Memory is what a read costs, so every source is fetched once: the pass that takes its sum of squares and its dot
-// product brings the row into the cache (and asks for the next row), the weighted sum finds it there.
+// Memory is what a read costs, so every source is fetched once, four sources at a time, as long runs of consecutive
+// rows. The softmax is online: the weighted sum of a row is kept in fp32 scratch and rescaled when a later source has a
+// larger logit. Taking all sources of one row together instead would look simpler, but activations of one shape often lie
+// a multiple of 128 KiB apart, where a row of more than eight of them does not fit the ways of a cache.
 #pragma once
 
 #include "kernels.h"
@@ -10,16 +12,14 @@
 namespace depthwire::DEPTHWIRE_ISA {
 namespace {
 
-constexpr int kPadded = kMaxSources + 16;          // room for the sources, the mixed one, and whole vectors
-constexpr int64_t kCacheBytes = 256 * 1024;        // of one row of all sources at a time, well within the L2 cache
-constexpr int kBlock = kLanes >= 16 ? 8 : 6;       // vectors of the weighted sum that are kept in registers
+constexpr int kWave = 4;  // sources taken together
 constexpr float kNegInfinity = -__builtin_inff();
 
-// Dot products of NS rows with NQ queries, and with SS their sums of squares; whole vectors, then the tail.
-// PREFETCH asks for the same place of the next row.
-template <class T, int NS, int NQ, bool SS, bool PREFETCH>
-[[gnu::always_inline]] inline void dots(const T* const* rows, const float* const* queries, int64_t width, float* squares,
-                                        float* products, int64_t stride) {
+// Dot products of NS rows with NQ queries, and with SS their sums of squares; whole vectors, then the tail. `ahead`, if
+// not null, are NS rows to ask memory for meanwhile.
+template <class T, int NS, int NQ, bool SS, class A = T>
+[[gnu::always_inline]] inline void dots(const T* const* rows, const A* const* ahead, const float* const* queries,
+                                        int64_t width, float* squares, float* products, int64_t stride) {
   F32 square[NS] = {}, product[NQ][NS] = {};
   auto step = [&](int64_t at, auto&& fetch) __attribute__((always_inline)) {
     F32 query[NQ];
@@ -35,9 +35,9 @@ template <class T, int NS, int NQ, bool SS, bool PREFETCH>
   };
   int64_t at = 0;
   for (; at + kLanes <= width; at += kLanes) {
-    if constexpr (PREFETCH) {
+    if (ahead != nullptr) {
 #pragma GCC unroll 8
-      for (int i = 0; i < NS; ++i) __builtin_prefetch(rows[i] + at + width);
+      for (int i = 0; i < NS; ++i) __builtin_prefetch(ahead[i] + at);
     }
     step(at, [](const auto* from) { return load(from); });
   }
@@ -57,25 +57,23 @@ inline void add_and_dot(const T* last, const T* delta, T* sum, const float* quer
                         float* product) {
   F32 square[2] = {}, dot[2] = {};
   auto one = [&](int64_t at, int way) __attribute__((always_inline)) {
-    store(sum + at, load(last + at) + load(delta + at));
-    const F32 value = load(sum + at);
+    __builtin_prefetch(last + at + width);
+    __builtin_prefetch(delta + at + width);
+    const F32 value = rounded<T>(load(last + at) + load(delta + at));
+    store(sum + at, value);
     square[way] += value * value;
     dot[way] += value * load(query + at);
   };
   int64_t at = 0;
   for (; at + 2 * kLanes <= width; at += 2 * kLanes) {
-    __builtin_prefetch(last + at + width);
-    __builtin_prefetch(delta + at + width);
-    __builtin_prefetch(last + at + width + kLanes);
-    __builtin_prefetch(delta + at + width + kLanes);
     one(at, 0);
     one(at + kLanes, 1);
   }
   for (; at + kLanes <= width; at += kLanes) one(at, 0);
   if (at < width) {
     const int64_t left = width - at;
-    store_first(sum + at, load_first(last + at, left) + load_first(delta + at, left), left);
-    const F32 value = load_first(sum + at, left);
+    const F32 value = rounded<T>(load_first(last + at, left) + load_first(delta + at, left));
+    store_first(sum + at, value, left);
     square[0] += value * value;
     dot[0] += value * load_first(query + at, left);
   }
@@ -83,119 +81,59 @@ inline void add_and_dot(const T* last, const T* delta, T* sum, const float* quer
   *product = sum_lanes(dot[0] + dot[1]);
 }
 
-// Where a weighted sum goes: into fp32 scratch, on top of what is there times `keep`, or straight to the output.
-template <class T>
-struct Sink {
-  float* scratch;
-  float keep;  // 0 for the first chunk, which finds the scratch uninitialised
-  T* out;      // not null: write here, and nothing to the scratch
-};
+// Where the weighted sum of a wave goes: on to the next wave, to the output, or to the norm behind the read.
+enum class Goal { scratch, out, norm };
 
-// Columns [at, at + NB vectors) of sum_i weights[i] rows[i]; returns their sum of squares.
-template <class T, int NB>
-[[gnu::always_inline]] inline F32 mix_block(const T* const* rows, const float* weights, int count, int64_t at,
-                                            const Sink<T>& sink) {
-  F32 mixed[NB] = {};
-  if (sink.keep != 0) {
+// scratch * keep + sum_i weights[i] rows[i], without the first term for FIRST; returns the sum of squares for the norm.
+template <class T, int NS, bool FIRST, Goal GOAL>
+inline float mix(const T* const* rows, const float* weights, float keep, int64_t width, float* scratch, T* out) {
+  F32 square[2] = {}, weight[NS];
+  for (int i = 0; i < NS; ++i) weight[i] = splat(weights[i]);
+  const F32 kept = splat(keep);
+  auto one = [&](int64_t at, int way, auto&& fetch) __attribute__((always_inline)) {
+    F32 mixed = {};
+    if constexpr (!FIRST) mixed = fetch(scratch + at) * kept;
 #pragma GCC unroll 8
-    for (int b = 0; b < NB; ++b) mixed[b] = load(sink.scratch + at + b * kLanes) * sink.keep;
-  }
-  for (int i = 0; i < count; ++i) {
-    const F32 weight = splat(weights[i]);
-    const T* row = rows[i] + at;
-#pragma GCC unroll 8
-    for (int b = 0; b < NB; ++b) mixed[b] += weight * load(row + b * kLanes);
-  }
-  F32 square = {};
-#pragma GCC unroll 8
-  for (int b = 0; b < NB; ++b) {
-    square += mixed[b] * mixed[b];
-    if (sink.out != nullptr) {
-      store(sink.out + at + b * kLanes, mixed[b]);
+    for (int i = 0; i < NS; ++i) mixed += weight[i] * fetch(rows[i] + at);
+    if constexpr (GOAL == Goal::norm) square[way] += mixed * mixed;
+    return mixed;
+  };
+  auto put = [&](int64_t at, F32 mixed) __attribute__((always_inline)) {
+    if constexpr (GOAL == Goal::out) {
+      store(out + at, mixed);
     } else {
-      store(sink.scratch + at + b * kLanes, mixed[b]);
+      store(scratch + at, mixed);
     }
-  }
-  return square;
-}
-
-// The weighted sum over whole rows; returns the sum of squares of what was written.
-template <class T>
-inline float mix(const T* const* rows, const float* weights, int count, int64_t width, const Sink<T>& sink) {
-  F32 square = {};
+  };
+  auto whole = [](const auto* from) { return load(from); };
   int64_t at = 0;
-  for (; at + kBlock * kLanes <= width; at += kBlock * kLanes) {
-    square += mix_block<T, kBlock>(rows, weights, count, at, sink);
+  for (; at + 2 * kLanes <= width; at += 2 * kLanes) {
+    const F32 left = one(at, 0, whole), right = one(at + kLanes, 1, whole);
+    put(at, left);
+    put(at + kLanes, right);
   }
-  if (at + 4 * kLanes <= width) {
-    square += mix_block<T, 4>(rows, weights, count, at, sink);
-    at += 4 * kLanes;
-  }
-  for (; at + kLanes <= width; at += kLanes) square += mix_block<T, 1>(rows, weights, count, at, sink);
+  for (; at + kLanes <= width; at += kLanes) put(at, one(at, 0, whole));
   if (at < width) {
     const int64_t left = width - at;
-    F32 mixed = sink.keep != 0 ? load_first(sink.scratch + at, left) * sink.keep : F32{};
-    for (int i = 0; i < count; ++i) mixed += splat(weights[i]) * load_first(rows[i] + at, left);
-    square += mixed * mixed;
-    if (sink.out != nullptr) {
-      store_first(sink.out + at, mixed, left);
+    const F32 mixed = one(at, 0, [left](const auto* from) { return load_first(from, left); });
+    if constexpr (GOAL == Goal::out) {
+      store_first(out + at, mixed, left);
     } else {
-      store_first(sink.scratch + at, mixed, left);
+      store_first(scratch + at, mixed, left);
     }
   }
-  return sum_lanes(square);
+  return sum_lanes(square[0] + square[1]);
 }
 
-// out = mixed * factor, times the norm's weight where there is one.
+// out = mixed * factor * norm_weight.
 template <class T>
 inline void finish(const float* mixed, float factor, const float* norm_weight, int64_t width, T* out) {
   int64_t at = 0;
-  for (; at + kLanes <= width; at += kLanes) {
-    F32 value = load(mixed + at) * factor;
-    if (norm_weight != nullptr) value *= load(norm_weight + at);
-    store(out + at, value);
-  }
+  for (; at + kLanes <= width; at += kLanes) store(out + at, load(mixed + at) * factor * load(norm_weight + at));
   if (at < width) {
     const int64_t left = width - at;
-    F32 value = load_first(mixed + at, left) * factor;
-    if (norm_weight != nullptr) value *= load_first(norm_weight + at, left);
-    store_first(out + at, value, left);
+    store_first(out + at, load_first(mixed + at, left) * factor * load_first(norm_weight + at, left), left);
   }
-}
-
-inline int whole_vectors(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
-// logits = scale * products * rstd, in place, padded with -inf to whole vectors; squares become rstd.
-inline void logits_of(float* squares, float* products, int count, float width, float scale, float eps) {
-  for (int i = 0; i < count; ++i) {
-    squares[i] = 1.0f / __builtin_sqrtf(squares[i] / width + eps);
-    products[i] = scale * products[i] * squares[i];
-  }
-}
-
-// The largest of the logits and `so_far`, NaN aside; pads them.
-inline float largest(float* logits, int count, float so_far) {
-  const int padded = whole_vectors(count);
-  for (int i = count; i < padded; ++i) logits[i] = kNegInfinity;
-  F32 most = splat(so_far);
-  for (int i = 0; i < padded; i += kLanes) {
-    const F32 value = load(logits + i);
-    most = value > most ? value : most;
-  }
-  for (int i = 0; i < kLanes; ++i) so_far = most[i] > so_far ? most[i] : so_far;
-  return so_far;
-}
-
-// logits -> exp(logits - most), in place; returns their sum. A NaN or an infinity among them makes the sum NaN.
-inline float exponentials(float* logits, int count, float most) {
-  const int padded = whole_vectors(count);
-  F32 total = {};
-  for (int i = 0; i < padded; i += kLanes) {
-    const F32 value = exp_nonpositive(load(logits + i) - most);
-    store(logits + i, value);
-    total += value;
-  }
-  return sum_lanes(total);
 }
 
 template <class T>
@@ -203,74 +141,156 @@ inline const T* row_of(const void* source, int64_t row, int64_t width) {
   return static_cast<const T*>(source) + row * width;
 }
 
-// One row of a read. Sources that do not fit the cache together go in chunks, by the online softmax.
-template <class T>
-inline void read_row(const ReadCall& call, int64_t row, int chunk, float* scratch) {
-  const int64_t width = call.width;
-  T* const out = static_cast<T*>(call.out) + row * width;
-  const bool whole = call.count <= chunk;
-  float most = kNegInfinity, total = 0, square = 0;
-  int done = 0;
-  bool first = true;
-  do {
-    const T* rows[kPadded];
-    alignas(64) float rstd[kPadded], weights[kPadded];
-    const int last = call.count - done <= chunk ? call.count : done + chunk;
-    int count = last - done;
-    for (int i = 0; i < count; ++i) rows[i] = row_of<T>(call.sources[done + i], row, width);
-    const bool add = call.delta != nullptr && last == call.count;
-    const int plain = add ? count - 1 : count;
-    int i = 0;
-    for (; i + 4 <= plain; i += 4) {
-      dots<T, 4, 1, true, true>(rows + i, &call.query, width, rstd + i, weights + i, 0);
-    }
-    if (i + 2 <= plain) {
-      dots<T, 2, 1, true, true>(rows + i, &call.query, width, rstd + i, weights + i, 0);
-      i += 2;
-    }
-    if (i < plain) dots<T, 1, 1, true, true>(rows + i, &call.query, width, rstd + i, weights + i, 0);
-    if (add) {
-      T* const sum = static_cast<T*>(call.sum) + row * width;
-      add_and_dot(rows[plain], row_of<T>(call.delta, row, width), sum, call.query, width, rstd + plain, weights + plain);
-      rows[plain] = sum;
-    }
-    logits_of(rstd, weights, count, static_cast<float>(width), call.scale, call.eps);
-    if (last == call.count && count > 0) weights[count - 1] += call.last_bias;
-    if (first && call.mixed != nullptr) {
-      rows[count] = row_of<T>(call.mixed, row, width);
-      weights[count] = call.mixed_logit[row];
-      rstd[count++] = 1;
-    }
-    const float before = most;
-    most = largest(weights, count, most);
-    const float sum = exponentials(weights, count, most);
-    const float keep = first ? 0.0f : __builtin_expf(before - most);
-    total = total * keep + sum;
-    if (call.unit) {
-      for (int j = 0; j < count; ++j) weights[j] *= rstd[j];
-    }
-    if (whole) {
-      const float share = 1.0f / total;
-      for (int j = 0; j < count; ++j) weights[j] *= share;
-    }
-    const bool direct = whole && call.norm_weight == nullptr;
-    square = mix<T>(rows, weights, count, width, Sink<T>{scratch, keep, direct ? out : nullptr});
-    if (direct) return;
-    done = last;
-    first = false;
-  } while (done < call.count);
-  float factor = whole ? 1.0f : 1.0f / total;
-  if (call.norm_weight != nullptr) {
-    factor /= __builtin_sqrtf(square * factor * factor / static_cast<float>(width) + call.norm_eps);
+// The online softmax of one row: the largest logit so far, and the sum of exp(logit - most).
+struct Softmax {
+  float most, total;
+};
+
+// Turns the logits of a wave into weights and returns the factor for what was summed before. A NaN anywhere stays.
+template <int NS>
+inline float advance(Softmax& softmax, float* weights) {
+  constexpr int kPadded = kLanes >= kWave + 1 ? kLanes : 2 * kLanes;
+  alignas(64) float logits[kPadded];
+  float most = softmax.most;
+  for (int i = 0; i < NS; ++i) most = weights[i] > most ? weights[i] : most;
+  for (int i = 0; i < NS; ++i) logits[i] = weights[i];
+  for (int i = NS; i < kPadded; ++i) logits[i] = kNegInfinity;
+  logits[kWave] = softmax.most;
+  for (int i = 0; i < kPadded; i += kLanes) store(logits + i, exp_nonpositive(load(logits + i) - most));
+  float total = 0;
+  for (int i = 0; i < NS; ++i) {
+    weights[i] = logits[i];
+    total += logits[i];
   }
-  finish(scratch, factor, call.norm_weight, width, out);
+  const float keep = softmax.total == 0 ? 0 : logits[kWave];  // nothing before: -inf - -inf is no number
+  softmax = {most, softmax.total * keep + total};
+  return keep;
 }
+
+// One block of rows. The reads of all its rows advance together, wave by wave.
+template <class T>
+struct Block {
+  const ReadCall& call;
+  int64_t first;  // row
+  int rows;
+  float* scratch;  // [rows, width]
+  Softmax softmax[kBlockRows];
+
+  T* out_row(int r) const { return static_cast<T*>(call.out) + (first + r) * call.width; }
+  float* scratch_row(int r) const { return scratch + r * call.width; }
+
+  // Phase 1's mean comes first, as a source whose logit is known.
+  void begin() {
+    for (int r = 0; r < rows; ++r) softmax[r] = {kNegInfinity, 0};
+    if (call.mixed == nullptr) return;
+    for (int r = 0; r < rows; ++r) {
+      const T* row = row_of<T>(call.mixed, first + r, call.width);
+      softmax[r] = {call.mixed_logit[first + r], 1};
+      const float one = 1;
+      if (call.count == 0) {
+        settle<1>(r, &row, &one, 0, true);
+      } else {
+        mix<T, 1, true, Goal::scratch>(&row, &one, 0, call.width, scratch_row(r), nullptr);
+      }
+    }
+  }
+
+  // The weighted sum of the last wave, and the norm.
+  template <int NS>
+  void settle(int r, const T* const* values, const float* weights, float keep, bool alone) {
+    const int64_t width = call.width;
+    if (call.norm_weight == nullptr) {
+      if (alone) {
+        mix<T, NS, true, Goal::out>(values, weights, 0, width, scratch_row(r), out_row(r));
+      } else {
+        mix<T, NS, false, Goal::out>(values, weights, keep, width, scratch_row(r), out_row(r));
+      }
+      return;
+    }
+    const float square = alone ? mix<T, NS, true, Goal::norm>(values, weights, 0, width, scratch_row(r), nullptr)
+                               : mix<T, NS, false, Goal::norm>(values, weights, keep, width, scratch_row(r), nullptr);
+    const float factor = 1.0f / __builtin_sqrtf(square / static_cast<float>(width) + call.norm_eps);
+    finish(scratch_row(r), factor, call.norm_weight, width, out_row(r));
+  }
+
+  // Given the squares and products of NS sources of row r, from source `from` on.
+  template <int NS>
+  void advance_row(int r, int from, const T* const* values, float* squares, float* products) {
+    const int64_t width = call.width;
+    const bool last = from + NS == call.count;
+    const bool alone = from == 0 && call.mixed == nullptr;  // nothing in the scratch yet
+    for (int i = 0; i < NS; ++i) {
+      squares[i] = 1.0f / __builtin_sqrtf(squares[i] / static_cast<float>(width) + call.eps);
+      products[i] = call.scale * products[i] * squares[i];
+    }
+    if (last) products[NS - 1] += call.last_bias;
+    float keep = advance<NS>(softmax[r], products);
+    if (call.unit) {
+      for (int i = 0; i < NS; ++i) products[i] *= squares[i];
+    }
+    if (last) {
+      const float share = 1.0f / softmax[r].total;
+      for (int i = 0; i < NS; ++i) products[i] *= share;
+      settle<NS>(r, values, products, keep * share, alone);
+    } else if (alone) {
+      mix<T, NS, true, Goal::scratch>(values, products, 0, width, scratch_row(r), nullptr);
+    } else {
+      mix<T, NS, false, Goal::scratch>(values, products, keep, width, scratch_row(r), nullptr);
+    }
+  }
+
+  // NS sources for all rows. While a row is worked on, the next one of the same sources is on its way, and with the
+  // last row the first one of the sources that follow.
+  template <int NS>
+  void wave(int from) {
+    const int64_t width = call.width;
+    const T *values[NS], *ahead[NS];
+    const bool more = from + 2 * NS <= call.count;
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < NS; ++i) {
+        values[i] = row_of<T>(call.sources[from + i], first + r, width);
+        ahead[i] = r + 1 < rows || !more ? values[i] + width : row_of<T>(call.sources[from + NS + i], first, width);
+      }
+      float squares[NS], products[NS];
+      dots<T, NS, 1, true>(values, ahead, &call.query, width, squares, products, 0);
+      advance_row<NS>(r, from, values, squares, products);
+    }
+  }
+
+  void add_wave() {
+    const int64_t width = call.width;
+    const int from = call.count - 1;
+    for (int r = 0; r < rows; ++r) {
+      const T* last = row_of<T>(call.sources[from], first + r, width);
+      const T* delta = row_of<T>(call.delta, first + r, width);
+      T* const sum = static_cast<T*>(call.sum) + (first + r) * width;
+      float square, product;
+      add_and_dot(last, delta, sum, call.query, width, &square, &product);
+      const T* value = sum;
+      advance_row<1>(r, from, &value, &square, &product);
+    }
+  }
+
+  void run() {
+    begin();
+    const int plain = call.delta != nullptr ? call.count - 1 : call.count;
+    int from = 0;
+    for (; from + kWave <= plain; from += kWave) wave<kWave>(from);
+    switch (plain - from) {
+      case 3: wave<3>(from); break;
+      case 2: wave<2>(from); break;
+      case 1: wave<1>(from); break;
+    }
+    if (call.delta != nullptr) add_wave();
+  }
+};
 
 template <class T>
 void read_rows(const ReadCall& call, int64_t first, int64_t last, float* scratch) {
-  const int64_t fits = kCacheBytes / (call.width * static_cast<int64_t>(sizeof(T)) + 1);
-  const int chunk = fits < 8 ? 8 : fits > kMaxSources ? kMaxSources : static_cast<int>(fits);
-  for (int64_t row = first; row < last; ++row) read_row<T>(call, row, chunk, scratch);
+  const int step = block_rows(call.width);
+  for (int64_t row = first; row < last; row += step) {
+    Block<T>{call, row, static_cast<int>(last - row < step ? last - row : step), scratch, {}}.run();
+  }
 }
 
 template <class T>

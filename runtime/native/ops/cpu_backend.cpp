@@ -36,10 +36,10 @@ struct Job {
 };
 
 template <class Call>
-OrtStatus* run_rows(const OrtApi& api, OrtKernelContext* context, Job<Call>& job, std::int64_t values_a_row) {
+OrtStatus* run_rows(const OrtApi& api, OrtKernelContext* context, Job<Call>& job, std::int64_t values_a_row, int block) {
   job.step = job.rows;
   if (job.rows * values_a_row > kAlone) {
-    job.step = kTask / values_a_row + 1;
+    job.step = (kTask / (values_a_row * block) + 1) * block;
   }
   const auto tasks = static_cast<std::size_t>((job.rows + job.step - 1) / job.step);
   if (tasks == 1) {
@@ -79,8 +79,9 @@ OrtStatus* compute_inter(const OrtApi& api, const OpSpec& spec, const Attributes
   DEPTHWIRE_TRY(make_output(api, context, 1, operands.query_count, row.shape, row.rank - 1, &lse));
   call.lse = static_cast<float*>(lse);
   if (operands.rows == 0) return nullptr;
-  Job<InterCall> job{call, kernels(operands.element).inter, inter_scratch_floats(call), operands.rows, 0};
-  return run_rows(api, context, job, operands.width * spec.sources * (1 + operands.query_count));
+  Job<InterCall> job{call, kernels(operands.element).inter, inter_scratch(call), operands.rows, 0};
+  return run_rows(api, context, job, operands.width * spec.sources * (1 + operands.query_count),
+                  packed_rows(operands.width, spec.sources));
 }
 
 OrtStatus* compute_read(const OrtApi& api, const OpSpec& spec, const Attributes& attributes, OrtKernelContext* context,
@@ -104,8 +105,8 @@ OrtStatus* compute_read(const OrtApi& api, const OpSpec& spec, const Attributes&
   DEPTHWIRE_TRY(make_output(api, context, 0, -1, row.shape, row.rank, &call.out));
   if (spec.add) DEPTHWIRE_TRY(make_output(api, context, 1, -1, row.shape, row.rank, &call.sum));
   if (operands.rows == 0) return nullptr;
-  Job<ReadCall> job{call, kernels(operands.element).read, read_scratch_floats(call), operands.rows, 0};
-  return run_rows(api, context, job, operands.width * (spec.sources + 1));
+  Job<ReadCall> job{call, kernels(operands.element).read, read_scratch(call), operands.rows, 0};
+  return run_rows(api, context, job, operands.width * (spec.sources + 1), block_rows(operands.width));
 }
 
 OrtStatus* compute(const OrtApi& api, const OpSpec& spec, const Attributes& attributes, OrtKernelContext* context) try {

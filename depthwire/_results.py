@@ -43,16 +43,19 @@ class Inspection:
         source: What was inspected, JSON-ready.
         structure: ``ResidualStream.as_dict()``, or ``None`` for an artefact.
         artifact: The artefact, or ``None`` for a model.
+        depth_weights: ``DepthWeights.as_dict()``, if they were asked for.
     """
 
     source: Mapping[str, Any]
     structure: Mapping[str, Any] | None = None
     artifact: Artifact | None = None
+    depth_weights: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as JSON-ready values."""
         manifest = None if self.artifact is None else self.artifact.manifest.model_dump(mode="json")
-        return {"source": dict(self.source), "structure": self.structure, "manifest": manifest}
+        found = {"source": dict(self.source), "structure": self.structure, "manifest": manifest}
+        return found if self.depth_weights is None else {**found, "depth_weights": self.depth_weights}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from depthwire._options import Options, combine
 from depthwire._results import Inspection, Plan, Result, VerificationError
+from depthwire.errors import UsageError
 from depthwire.stages import Stages
 
 if TYPE_CHECKING:
@@ -80,19 +81,24 @@ def inspect(
     recipe: Recipe | str | Path | None = None,
     stages: Stages | None = None,
     example_inputs: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    depth_weights: bool = False,
+    out: str | Path | None = None,
     **options: Unpack[Options],
 ) -> Inspection:
-    """Return the residual stream of a model, or the manifest of an artefact.
+    """Return the residual stream of a model, the depth weights of its reads, or the manifest of an artefact.
 
     Args:
         source: A model as for ``capture``, a ``Program``, or the directory of an artefact.
         recipe: See the module's text.
         stages: See the module's text.
         example_inputs: Inputs of an ``nn.Module``.
-        **options: Those of the recipe's ``source`` section.
+        depth_weights: Run an AttnRes model on ``text`` or ``inputs`` and return, instead of the structure, the mean
+            weight of every source of every read.
+        out: Directory for ``report.json`` and the heat map of the depth weights.
+        **options: Those of the recipe's ``source`` section; ``text``, ``inputs`` and ``windows`` for depth weights.
 
     Raises:
-        UsageError: An option cannot be meant.
+        UsageError: An option cannot be meant, or the model does not read the depth.
         CaptureError: The model cannot be captured.
         PassError: The model has no residual stream.
         ExportError: The artefact is damaged.
@@ -100,6 +106,21 @@ def inspect(
     from depthwire import _flow
 
     model, resolved = combine(source, None, recipe, options)
+    if depth_weights:
+        from depthwire._depth_weights import inspect_depth_weights
+
+        return inspect_depth_weights(
+            model, resolved, stages or Stages(), example_inputs, None if out is None else Path(out)
+        )
+    if out is not None:
+        raise UsageError(
+            "capture.option-without-effect",
+            "only depth weights are written to a directory",
+            at="out",
+            want="depth_weights=True, or no 'out'",
+            got=str(out),
+            todo="Leave it out.",
+        )
     return _flow.inspect(model, resolved, stages or Stages(), example_inputs)
 
 

@@ -98,7 +98,7 @@ def run_nodes(program: Program, inputs: Mapping[str, NDArray[Any]], names: Seque
     graph, wanted = program.exported.graph, dict.fromkeys(names)
     order = _ancestors(graph, wanted)
     last_uses = _last_uses(order)
-    placeholders = _placeholder_values(program, inputs)
+    placeholders = placeholder_values(program, inputs)
     values: dict[Node, Any] = {}
     found: dict[str, NDArray[Any]] = {}
     with torch.no_grad():
@@ -164,7 +164,8 @@ def _output_arrays(program: Program, result: object) -> list[NDArray[Any]]:
     return [to_numpy(tensor) for tensor in tensors]
 
 
-def _placeholder_values(program: Program, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def placeholder_values(program: Program, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """Return the value of every placeholder of the graph by name: weights, buffers, constants and the given inputs."""
     exported = program.exported
     values: dict[str, Any] = {}
     for spec in exported.graph_signature.input_specs:

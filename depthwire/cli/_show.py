@@ -95,6 +95,7 @@ def show_passes(passes: Sequence[Mapping[str, Any]]) -> Table:
         options = ", ".join(f"{key}={value}" for key, value in record["options"].items())
         rows.append((record["name"], options, record["rewrites"], ""))
         rows += [("", "", "", f"declined {d['code']} at {d['at']}: {d['got']}") for d in record["declines"]]
+        rows += [("", "", "", note) for note in record["notes"]]
     return rows_table(rows, ("pass", "options", "rewrites", "declines"), "passes")
 
 
@@ -131,8 +132,21 @@ def show_inspection(inspection: Inspection) -> Iterator[RenderableType]:
     yield pairs_table(facts, "source")
     if inspection.structure is not None:
         yield from show_structure(inspection.structure)
+    if inspection.depth_weights is not None:
+        yield show_depth_weights(inspection.depth_weights)
     if inspection.artifact is not None:
         yield from show_manifest(inspection.artifact.manifest)
+
+
+def show_depth_weights(weights: Mapping[str, Any]) -> Table:
+    """Return one row per read: the source it takes most of, and the weights of all, oldest first."""
+    rows = []
+    for read in weights["reads"]:
+        most = max(read["sources"], key=lambda source: source["weight"])
+        shares = " ".join(f"{source['weight']:.2f}" for source in read["sources"])
+        rows.append((read["module"] or read["name"], most["module"] or most["name"], f"{most['weight']:.2f}", shares))
+    title = f"depth weights, mean over {weights['tokens']} tokens"
+    return rows_table(rows, ("read by", "most from", "weight", "weights, oldest source first"), title)
 
 
 def show_manifest(manifest: Manifest) -> Iterator[RenderableType]:

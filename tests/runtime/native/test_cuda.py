@@ -1,0 +1,200 @@
+"""The CUDA provider's kernels as far as they go without a GPU: choosing a cubin, and launching it.
+
+No kernel runs here. The launch is recorded by a stand-in for the driver (fake_driver.cpp), in a session of ONNX Runtime
+whose CPU provider was given the CUDA provider's kernels (cuda_probe.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+from depthwire.runtime.native import required_path
+from depthwire.runtime.triton.bundle import HEADER, INDEX, Entry, write_bundle
+from tests.conftest import ROOT
+from tests.runtime.native.cuda_session import INDEX as ROW
+from tests.runtime.native.cuda_session import QUERIES, spec_of
+
+NATIVE = ROOT / "runtime" / "native"
+HERE = Path(__file__).parent
+HEADERS = sorted((ROOT / ".cache" / "onnxruntime-headers").glob("*"))
+CUDA = Path("/usr/local/cuda/include")
+NODES = {
+    "AttnResAddUnitReadNorm_3": "1 3 100 101 102 7 out0 out1 null null",
+    "AttnResInter_2": "2 100 101 out0 out1 null null",
+    # The kernel finds its row of the inter-block result itself: it gets the tensors' beginning.
+    "AttnResAddMergeNorm_2": "1 3 10 20 100 101 7 out0 out1 null null",
+    "AttnResMerge_0": "1 10 20 out0 null null",
+}
+
+needs_cuda_h = pytest.mark.skipif(not (CUDA / "cuda.h").is_file(), reason=f"no cuda.h in {CUDA}")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Entry]]:
+    """The kernels of four nodes for two GPUs."""
+    folder = tmp_path_factory.mktemp("bundle") / "kernels"
+    return folder, write_bundle([spec_of(op_type, 64) for op_type in NODES], ["8.6", "sm_90"], folder)
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The probe library and the driver's stand-in, compiled into one folder."""
+    folder = tmp_path_factory.mktemp("probe")
+    includes = [f"-I{path}" for path in (NATIVE / "ops", NATIVE / "kernels", NATIVE / "cuda")]
+    system = [part for path in (HEADERS[-1], CUDA) for part in ("-isystem", str(path))]
+    ours = [NATIVE / "ops" / f"{name}.cpp" for name in ("op", "custom_op", "shapes", "operands")]
+    cuda = [NATIVE / "cuda" / f"{name}.cpp" for name in ("driver", "bundle", "cuda_backend")]
+    flags = [
+        "-std=c++20",
+        "-fPIC",
+        "-shared",
+        "-Wall",
+        "-Wextra",
+        "-fsanitize=undefined",
+        "-fsanitize-undefined-trap-on-error",
+    ]
+    for output, files in (
+        ("probe.so", [HERE / "cuda_probe.cpp", *ours, *cuda]),
+        ("libcuda.so.1", [HERE / "fake_driver.cpp"]),
+    ):
+        command = ["c++", *flags, *includes, *system, *map(str, files), "-o", str(folder / output), "-ldl"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def session(probe: Path, folder: Path, op_type: str, *, width: int = 64, **environment: str) -> Any:
+    """Run a node in a process of its own."""
+    command = [sys.executable, "-m", "tests.runtime.native.cuda_session", str(probe / "probe.so"), str(folder)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command += [op_type, str(width)]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_cuda_h
+@pytest.mark.parametrize("op_type", NODES)
+def test_a_launch_gets_the_nodes_inputs_and_outputs(
+    op_type: str, probe: Path, bundle: tuple[Path, list[Entry]], tmp_path: Path
+) -> None:
+    folder, entries = bundle
+    spec = spec_of(op_type, 64)
+    (entry,) = (entry for entry in entries if entry.key == spec.key and entry.capability == 86)
+    found = session(
+        probe,
+        folder,
+        op_type,
+        LD_LIBRARY_PATH=str(probe),
+        PROBE_CC="89",
+        PROBE_LOG=str(tmp_path / "log"),
+        PROBE_PARAMETERS=str(entry.parameters),
+        PROBE_OUTPUTS=str(len(spec.outputs)),
+    )
+    blocks = 2 * 3 * entry.programs
+    launch = f"{entry.symbol} {blocks} 1 1 {entry.threads} {entry.shared} {NODES[op_type]}\n"
+    assert (tmp_path / "log").read_text() == launch
+    assert found["first"] == [42.0, 43.0][: len(spec.outputs)]
+    shapes = {"out": [2, 3, 64], "sum": [2, 3, 64]}
+    if spec.kind == "inter":
+        shapes = {"out": [QUERIES, 2, 3, 64], "lse": [QUERIES, 2, 3]}
+    assert found["shapes"] == [shapes[name] for name in spec.outputs]
+    assert spec.kind != "merge" or f"-i{ROW}-" in spec.key
+
+
+@needs_cuda_h
+@pytest.mark.parametrize(
+    ("capability", "width", "text"),
+    [
+        ("100", 64, "was compiled for SM86, SM90, and this GPU is SM100"),
+        ("75", 64, "was compiled for SM86, SM90, and this GPU is SM75"),
+        ("87", 65, "no folder of kernels has 'AttnResInter_2-d65-fp32-fp32-"),
+    ],
+)
+def test_without_a_cubin_that_fits_the_call_is_refused(
+    capability: str, width: int, text: str, probe: Path, bundle: tuple[Path, list[Entry]]
+) -> None:
+    found = session(probe, bundle[0], "AttnResInter_2", width=width, LD_LIBRARY_PATH=str(probe), PROBE_CC=capability)
+    assert text in found["error"]
+    assert "depthwire AttnResInter_2: " in found["error"]
+
+
+@needs_cuda_h
+def test_without_a_driver_the_call_is_refused(probe: Path, bundle: tuple[Path, list[Entry]]) -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        assert "there is no CUDA driver: libcuda.so.1" in session(probe, bundle[0], "AttnResMerge_0")["error"]
+    else:
+        pytest.skip("this machine has a CUDA driver")
+
+
+@needs_cuda_h
+def test_a_damaged_cubin_is_refused_by_the_driver(
+    probe: Path, bundle: tuple[Path, list[Entry]], tmp_path: Path
+) -> None:
+    for file in bundle[0].iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content if file.name == INDEX else b"X" + content)
+    found = session(probe, tmp_path, "AttnResMerge_0", LD_LIBRARY_PATH=str(probe), PROBE_CC="90")
+    assert "cannot load" in found["error"]
+    assert "refused by the fake driver (200)" in found["error"]
+
+
+def select(folder: Path, key: str, major: int, minor: int) -> tuple[int, str]:
+    """Ask the library that is shipped which cubin a device gets."""
+    library = ctypes.CDLL(str(required_path()))
+    if not hasattr(library, "DepthwireSelectCubin"):
+        pytest.skip("the library was built without cuda.h, and so without kernels for the CUDA provider")
+    text = ctypes.create_string_buffer(1024)
+    code = library.DepthwireSelectCubin(str(folder).encode(), key.encode(), major, minor, text, len(text))
+    return code, text.value.decode()
+
+
+@pytest.mark.parametrize(
+    ("device", "file"),
+    [((8, 6), "sm86"), ((8, 7), "sm86"), ((8, 9), "sm86"), ((9, 0), "sm90"), ((8, 0), None), ((12, 0), None)],
+)
+def test_a_device_gets_a_cubin_that_it_can_run(
+    device: tuple[int, int], file: str | None, bundle: tuple[Path, list[Entry]]
+) -> None:
+    folder, entries = bundle
+    code, text = select(folder, entries[0].key, *device)
+    assert code == (file is None)
+    assert text.endswith(f"{entries[0].key}-{file}.cubin" if file else f"this GPU is SM{device[0]}{device[1]}")
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        (None, "holds no kernels.tsv"),
+        ("", "holds no kernels.tsv"),
+        ("depthwire-kernels 9\n", "wanted 'depthwire-kernels 1'"),
+        (f"{HEADER}\nkey\t86\n", "damaged line: 'key\t86'"),
+        (f"{HEADER}\nkey\t86\t../up\thash\tsymbol\t128\t0\t1\t5\n", "damaged line"),
+        (f"{HEADER}\nkey\t86\tf\thash\tsymbol\tmany\t0\t1\t5\n", "damaged line"),
+        (f"{HEADER}\nkey\t86\tf\thash\tsymbol\t2048\t0\t1\t5\n", "damaged line"),
+    ],
+)
+def test_a_folder_that_is_no_bundle_is_refused_when_the_session_is_made(
+    index: str | None, text: str, tmp_path: Path
+) -> None:
+    select(tmp_path, "key", 8, 6)  # skips where the library has no kernels for the CUDA provider
+    if index is not None:
+        (tmp_path / INDEX).write_text(index)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("depthwire.kernels", str(tmp_path))
+    with pytest.raises(InvalidArgument) as caught:
+        options.register_custom_ops_library(str(required_path()))
+    assert "session configuration entry 'depthwire.kernels': " in str(caught.value)
+    assert text in str(caught.value)

@@ -138,7 +138,7 @@ def query_norms(model: AttnResDecoder) -> list[float]:
     for name, weight in named.items():
         if name.endswith("res_proj.weight") and name != "layers.0.self_attention_res_proj.weight":
             gain = named.get(name.replace("_proj.weight", "_norm.weight"))
-            norms.append(float((weight if gain is None else weight * gain).norm()))
+            norms.append(float((weight if gain is None else weight * gain).detach().norm()))
     return norms
 
 

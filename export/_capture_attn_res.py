@@ -51,12 +51,13 @@ def capture_attn_res(
     options.refuse("an AttnRes checkpoint", ("image_size", "trust_remote_code"), "The reference decoder reads tokens.")
     from depthwire.models.checkpoints import load_checkpoint
 
-    files = read_checkpoint(directory)
+    # A map may give the whole configuration; what a config.json rules out (adapters, quantisation) is checked first.
+    files = read_checkpoint(directory) if (directory / CONFIG).is_file() else None
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     model = load_checkpoint(directory, options.checkpoint_map, dtype=dtype)
     inputs = {"input_ids": _tokens(options, model.config.vocab_size, model.config.max_length)}
     exported, names = export_module(model, inputs, select=lambda logits: {"logits": logits})
-    hashes = files.sha256()
+    hashes = _weights_sha256(directory) if files is None else files.sha256()
     if options.checkpoint_map is not None and Path(options.checkpoint_map).is_file():
         hashes["checkpoint-map"] = sha256_file(Path(options.checkpoint_map))
     source = Source(
@@ -69,6 +70,10 @@ def capture_attn_res(
         tokenizer=str(directory) if (directory / _TOKENIZER).is_file() else None,
     )
     return Program(exported, source, inputs, names)
+
+
+def _weights_sha256(directory: Path) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted(directory.glob("*.safetensors*"))}
 
 
 def _tokens(options: CaptureOptions, vocab_size: int, limit: int) -> Tensor:

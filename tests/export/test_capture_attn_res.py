@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import depthwire
 from depthwire.errors import CaptureError, ExportError, UsageError
 from depthwire.export.capture import capture
-from depthwire.models.attn_res import AttnResConfig, AttnResDecoder
+from depthwire.models.attn_res import AttnResConfig, AttnResDecoder, MoeConfig
 
 DATA = Path(__file__).parent.parent / "data"
 TRAINED = DATA / "attn_res_small"
@@ -75,6 +75,18 @@ def test_a_length_that_is_not_given_is_the_models(renamed: Path) -> None:
     assert program.source.tokenizer_reference() is None
 
 
+def test_a_map_may_give_the_whole_configuration(renamed: Path) -> None:
+    own = renamed.parent / "whole.yaml"
+    fields = {"vocab_size": 48, "width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_width": 24}
+    rules = MAP.split("config_like: kimi-k3")[1]
+    own.write_text(f"config: {json.dumps({**fields, 'residual': 'block-layers:1', 'max_length': 32})}{rules}")
+    (renamed / "config.json").unlink()
+    program = capture(renamed, checkpoint_map=str(own), seq_len=8)
+    assert sorted(program.source.sha256) == ["checkpoint-map", "model.safetensors"]
+    with pytest.raises(CaptureError, match=r"checkpoint\.config"):
+        capture(renamed, checkpoint_map=str(renamed.parent / "map.yaml"))
+
+
 def test_a_mapped_checkpoint_converts_and_verifies_again(renamed: Path, tmp_path: Path) -> None:
     own = tmp_path / "map.yaml"
     result = depthwire.convert(renamed, tmp_path / "out", checkpoint_map=str(own), seq_len=16, windows=2)
@@ -131,3 +143,20 @@ def test_a_map_has_no_effect_on_other_sources(tmp_path: Path, source: str) -> No
 def test_a_cached_id_that_is_not_there_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"capture\.no-such-model"):
         capture("nobody/no-such-model", checkpoint_map="fla")
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_a_mixture_of_experts_converts(tmp_path: Path, router: Literal["softmax", "sigmoid"]) -> None:
+    moe = MoeConfig(5, 2, 12, shared_width=8, router=router, selection_bias=router == "sigmoid", dense_layers=1)
+    torch.manual_seed(0)
+    config = AttnResConfig(
+        48, 16, 3, 2, 1, 8, 24, max_length=32, norm="layernorm", tied_embeddings=False, key_norm_gain=False, moe=moe
+    )
+    model = AttnResDecoder(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("res_proj.weight"):
+            torch.nn.init.normal_(weight)
+    model.save(tmp_path / "model")
+    result = depthwire.convert(tmp_path / "model", tmp_path / "out", windows=2)
+    assert result.verdict is not None
+    assert result.verdict.passed

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx.node import map_arg
 
+from depthwire.ops import SHAPES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -144,15 +146,14 @@ class GraphEditor:
         """Drop dead code, check the graph and return the new program."""
         self._remove_dead_code()
         self.graph.lint()
-        module = torch.fx.GraphModule(self._source.graph_module, self.graph)
         signature = ExportGraphSignature(
             input_specs=self._input_specs,
             output_specs=copy.deepcopy(list(self._source.graph_signature.output_specs)),
         )
         self._sync_outputs(signature)
         exported = torch.export.ExportedProgram(
-            root=module,
-            graph=module.graph,
+            root=self._source.graph_module,
+            graph=self.graph,
             graph_signature=signature,
             state_dict=self._state,
             range_constraints=dict(self._source.range_constraints),
@@ -229,5 +230,8 @@ def fake_call(node: torch.fx.Node, mode: FakeTensorMode) -> Any:
 
     args = map_arg(node.args, value_of)
     kwargs = map_arg(node.kwargs, value_of)
+    # Our own operators have hundreds of arguments, over which the dispatcher would go several times.
+    schema = getattr(node.target, "_schema", None)
+    call = node.target if schema is None else SHAPES.get(schema.name.removeprefix("depthwire::"), node.target)
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return call(*args, **kwargs)  # type: ignore[operator]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from depthwire.errors import DepthwireError, InternalError
-from depthwire.passes._verify import verify_pass
+from depthwire.passes._verify import Fingerprint, verify_pass
 from depthwire.program import PassRecord
 
 if TYPE_CHECKING:
@@ -43,12 +43,13 @@ class Pipeline:
             PassError: A pass cannot do what it was asked to do on this model.
             InternalError: A pass broke its contract or raised something else.
         """
+        fingerprint = Fingerprint.of(program) if self.verify and self.passes else None
         for step in self.passes:
             started = time.perf_counter()
             try:
                 result = step.run(program)
-                if self.verify:
-                    verify_pass(step, program, result)
+                if fingerprint is not None:
+                    fingerprint = verify_pass(step, program, result, fingerprint)
             except DepthwireError:
                 raise
             except Exception as error:

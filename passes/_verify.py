@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.export.graph_signature import InputKind
@@ -20,26 +21,61 @@ from depthwire.ir_text import structural_hash, type_text
 from depthwire.passes._edit import STAMP, fake_call, fake_mode_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from depthwire.passes._base import Pass, PassResult
     from depthwire.program import Program
 
 
-def verify_pass(step: Pass, before: Program, result: PassResult) -> None:
+@dataclass(frozen=True)
+class Fingerprint:
+    """A program as it was at one moment, to compare a later one with.
+
+    Attributes:
+        structure: Structural hash.
+        nodes: Operator, arguments and type of every node, by name.
+    """
+
+    structure: str
+    nodes: Mapping[str, tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, program: Program) -> Fingerprint:
+        """Take the fingerprint of a program."""
+        nodes = {node.name: _signature_of(node) for node in program.exported.graph.nodes}
+        return cls(structural_hash(program.exported), nodes)
+
+
+def verify_pass(step: Pass, before: Program, result: PassResult, known: Fingerprint | None = None) -> Fingerprint:
     """Check one pass's result.
+
+    Args:
+        step: The pass.
+        before: The program it was given.
+        result: What it returned.
+        known: The fingerprint of ``before``, taken before the pass ran.
+
+    Returns:
+        The fingerprint of the result, for the next pass.
 
     Raises:
         InternalError: The pass broke its contract; names the pass and everything that is wrong.
     """
-    after = result.program
-    wrong = [
-        *_check_report(before, result),
-        *_check_signature(step, before, after),
-        *_check_values(before, after),
-        *_check_provenance(before, after),
-        *step.ensures(after),
-    ]
+    known = known or Fingerprint.of(before)
+    after, same = result.program, known
+    if after.exported is before.exported and structural_hash(after.exported) == known.structure:
+        wrong = [*_check_report(result, changed=False), *step.ensures(after)]
+    else:
+        same = Fingerprint.of(after)
+        wrong = [
+            *_check_report(result, changed=same.structure != known.structure),
+            *_check_signature(step, before, after),
+            *_check_values(known, same, after),
+            *_check_provenance(known, after),
+            *step.ensures(after),
+        ]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise InternalError(
@@ -50,10 +86,10 @@ def verify_pass(step: Pass, before: Program, result: PassResult) -> None:
             got="; ".join(wrong[:3]) + more,
             todo="Report this with the model's configuration; 'depthwire inspect' still works.",
         )
+    return same
 
 
-def _check_report(before: Program, result: PassResult) -> list[str]:
-    changed = structural_hash(before.exported) != structural_hash(result.program.exported)
+def _check_report(result: PassResult, *, changed: bool) -> list[str]:
     if changed == (result.rewrites > 0):
         return []
     return [f"reports {result.rewrites} rewrites, but the graph {'changed' if changed else 'did not change'}"]
@@ -100,13 +136,12 @@ def _has_value(node: torch.fx.Node) -> bool:
     return node.op != "output" and (schema is None or len(schema.returns) > 0)
 
 
-def _check_values(before: Program, after: Program) -> list[str]:
-    known = {node.name: _signature_of(node) for node in before.exported.graph.nodes}
+def _check_values(before: Fingerprint, fingerprint: Fingerprint, after: Program) -> list[str]:
     mode = fake_mode_of(after.exported.graph)
     fresh: set[torch.fx.Node] = set()
     wrong = []
     for node in after.exported.graph.nodes:
-        changed = known.get(node.name) != _signature_of(node)
+        changed = before.nodes.get(node.name) != fingerprint.nodes[node.name]
         if "val" not in node.meta and _has_value(node):
             wrong.append(f"{node.name} has no recorded value")
             continue
@@ -122,11 +157,10 @@ def _check_values(before: Program, after: Program) -> list[str]:
     return wrong
 
 
-def _check_provenance(before: Program, after: Program) -> list[str]:
-    known = {(node.name, node.op, node.target) for node in before.exported.graph.nodes}
+def _check_provenance(before: Fingerprint, after: Program) -> list[str]:
     wrong = []
     for node in after.exported.graph.nodes:
-        if (node.name, node.op, node.target) in known or node.op == "output":
+        if before.nodes.get(node.name, ())[:2] == (node.op, node.target) or node.op == "output":
             continue
         if STAMP not in (node.meta.get("custom") or {}):
             wrong.append(f"{node.name} does not say which pass made it")

@@ -5,6 +5,7 @@ Importing this package registers the operators with torch under the namespace ``
 
 from __future__ import annotations
 
+from depthwire.ops._register import SHAPES
 from depthwire.ops.attn_res_read import (
     attn_res_add_read,
     attn_res_add_read_norm,
@@ -21,6 +22,7 @@ from depthwire.ops.attn_res_two_phase import (
 )
 
 __all__ = [
+    "SHAPES",
     "attn_res_add_merge",
     "attn_res_add_merge_norm",
     "attn_res_add_read",

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     Shapes = Callable[[Mapping[str, Any]], Any]
 
+SHAPES: dict[str, Callable[..., Any]] = {}
+"""Operator -> what gives empty tensors like its results, without going through torch's dispatcher."""
+
 
 def register(name: str, reference: Callable[..., Any], shapes: Shapes) -> CustomOpDef:
     """Register ``depthwire::name``, which computes what the reference does and has its gradient, twice differentiable.
@@ -43,6 +46,7 @@ def register(name: str, reference: Callable[..., Any], shapes: Shapes) -> Custom
     def fake(*args: Any, **kwargs: Any) -> Any:
         return shapes(named(args, kwargs))
 
+    SHAPES[name] = fake
     op = torch.library.custom_op(f"depthwire::{name}", kernel, mutates_args=(), schema=schema)
     op.register_fake(fake)
     _register_gradient(op, reference)

@@ -15,6 +15,7 @@ from depthwire.passes.legalize_experts import LegalizeExperts
 from depthwire.passes.legalize_writes import LegalizeWrites
 from depthwire.passes.lift_attn_res import LiftAttnRes
 from depthwire.passes.partition import Partition
+from depthwire.passes.recognize_attn_res import RecognizeAttnRes
 from depthwire.passes.recognize_triangular_inverse import RecognizeTriangularInverse
 from depthwire.passes.remove_noops import RemoveNoops
 from depthwire.passes.remove_trivial_reads import RemoveTrivialReads
@@ -57,7 +58,7 @@ def standard_pipeline(
     Raises:
         UsageError: ``attn_res`` cannot be read.
     """
-    passes: list[Pass] = list(canonical_pipeline().passes)
+    passes: list[Pass] = [*canonical_pipeline().passes, RecognizeAttnRes()]
     if attn_res is not None:
         passes.append(LiftAttnRes(Partition.parse(attn_res), correction, queries))
     passes.append(RemoveTrivialReads())

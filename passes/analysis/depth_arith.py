@@ -1,0 +1,154 @@
+"""Elementwise arithmetic on terms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from depthwire.passes._match import argument, aten, is_call, value
+from depthwire.passes.analysis.depth_layout import expanded
+from depthwire.passes.analysis.depth_product import Context, Operand, contract, power
+from depthwire.passes.analysis.depth_sums import plus, plus_constant, plus_number
+from depthwire.passes.analysis.depth_values import Const, Tainted, Term, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from depthwire.passes.analysis.depth_axes import Dims
+
+Chosen = dict[torch.fx.Node, Value | None]
+"""One alternative for each input of a node that is not constant."""
+
+DIVISIONS = (aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode)
+
+
+def first(context: Context, chosen: Chosen) -> Value | None:
+    """Return what the first argument is."""
+    source: Any = context.node.args[0]
+    return chosen.get(source)
+
+
+def result(found: Value | None) -> list[Value]:
+    """Return the one result of a transfer function, or none."""
+    return [] if found is None else [found]
+
+
+def operand(context: Context, chosen: Chosen, given: object) -> Operand | None:
+    """Return what an argument stands for in a product."""
+    if isinstance(given, torch.fx.Node):
+        if given in context.constants:
+            return Const(given, ())
+        return chosen.get(given)
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return float(given)
+    return None
+
+
+def rank_of(given: object) -> int:
+    """Return the number of dimensions of an argument."""
+    return value(given).dim() if isinstance(given, torch.fx.Node) else 0
+
+
+def broadcast(context: Context, *given: object) -> list[list[int]]:
+    """Label the dimensions of broadcast operands by their place in the result."""
+    rank = value(context.node).dim()
+    return [list(range(rank - rank_of(each), rank)) for each in given]
+
+
+def lost(context: Context, given: Sequence[Operand | None]) -> Tainted | None:
+    """Return the loss of a normal form, for operands of the shape of the result."""
+    rank = value(context.node).dim()
+    for each in given:
+        if isinstance(each, (Term, Tainted)) and each.deep and len(each.dims) == rank:
+            return each if isinstance(each, Tainted) else Tainted(each.dims, "unsupported", context.node)
+    return None
+
+
+def with_dims(term: Value, dims: Dims) -> Value:
+    """Return a value with other dimensions."""
+    return replace(term, dims=dims)
+
+
+def product(context: Context, chosen: Chosen) -> list[Value]:
+    """``mul``, and ``div`` by a term, a constant or a number."""
+    node = context.node
+    left, right = (operand(context, chosen, each) for each in node.args[:2])
+    if left is None or right is None:
+        return []
+    if is_call(node, *DIVISIONS):
+        if argument(node, 2, "rounding_mode") is not None:
+            return []
+        inverted = _inverse(context, right)
+        if inverted is None:
+            return result(lost(context, [left, right]))
+        right = inverted
+    if isinstance(right, Const) and is_call(node, *DIVISIONS):
+        return []
+    return result(contract(context, [left, right], broadcast(context, *node.args[:2]), range(value(node).dim())))
+
+
+def _inverse(context: Context, given: Operand) -> Operand | None:
+    if isinstance(given, float):
+        return 1.0 / given if given else None
+    if isinstance(given, Const):
+        number = context.constants.number(given.node)
+        return 1.0 / number if number else None
+    return power(given, -1.0) if isinstance(given, Term) else None
+
+
+def raised(exponent: float | None) -> Callable[[Context, Chosen], list[Value]]:
+    """Return ``x ** exponent``; the exponent is the second argument if it is not given."""
+
+    def transfer(context: Context, chosen: Chosen) -> list[Value]:
+        term = first(context, chosen)
+        number: Any = exponent if exponent is not None else context.node.args[1]
+        found = power(term, float(number)) if isinstance(term, Term) and isinstance(number, (int, float)) else None
+        return result(found if found is not None else lost(context, [term]))
+
+    return transfer
+
+
+def negative(context: Context, chosen: Chosen) -> list[Value]:
+    """``-x``."""
+    term = first(context, chosen)
+    return (
+        []
+        if term is None
+        else result(contract(context, [term, -1.0], broadcast(context, context.node.args[0], 0), range(len(term.dims))))
+    )
+
+
+def addition(context: Context, chosen: Chosen) -> list[Value]:
+    """``add`` and ``sub``."""
+    node = context.node
+    sign = -1.0 if is_call(node, aten.sub.Tensor, aten.sub.Scalar) else 1.0
+    left, right = (operand(context, chosen, each) for each in node.args[:2])
+    if argument(node, 2, "alpha", 1) != 1 or left is None or right is None:
+        return []
+    if sign == 1.0 and isinstance(left, (float, Const)):
+        left, right = right, left
+    if not isinstance(left, (Term, Tainted)):
+        return []
+    dims = _sum_dims(context, left, right)
+    if isinstance(right, (Term, Tainted)):
+        return result(plus(context, left, right, sign, dims))
+    number = right if isinstance(right, float) else _number(context, left, right.node)
+    if isinstance(right, Const) and number is None:
+        return result(plus_constant(context, left, right.node, sign, dims))
+    shifted = plus_number(left, sign * (number or 0.0)) if isinstance(left, Term) else left
+    return result(lost(context, [left]) if shifted is None else with_dims(shifted, dims))
+
+
+def _number(context: Context, term: Value, node: torch.fx.Node) -> float | None:
+    if value(node).numel() > 1 and not term.deep:
+        return None
+    return context.constants.number(node)
+
+
+def _sum_dims(context: Context, left: Value, right: Operand) -> Dims:
+    """Return the dimensions of a sum: those of the deep operand, or else of the left one, broadcast."""
+    shape = [int(size) for size in value(context.node).shape]
+    chosen = right if isinstance(right, (Term, Tainted)) and right.deep and not left.deep else left
+    return expanded(chosen.dims, shape)

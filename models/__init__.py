@@ -1,1 +1,1 @@
-"""Reference models and learned parts; none in this version."""
+"""Reference models: an AttnRes decoder, and the maps that load checkpoints of other code bases into it."""

@@ -127,7 +127,7 @@ def test_the_runtime_knows_none_of_passes_export_and_models() -> None:
 
 
 def test_nothing_imports_the_folders_by_their_bare_names() -> None:
-    for path in files(*FOLDERS, "tests", "benchmarks"):
+    for path in files(*FOLDERS, "tests", "benchmarks", "examples"):
         bare = {name.split(".")[0] for name in imports(path)} & {"passes", "export", "runtime", "models"}
         assert bare == set(), path
 
@@ -188,7 +188,7 @@ def test_imports_are_lean(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", [*FOLDERS, "tests", "benchmarks", "examples"])
 def test_files_are_short(folder: str) -> None:
     lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files(folder)}
     assert {path: lines for path, lines in lengths.items() if lines > LONGEST.get(folder, 400)} == {}

@@ -372,10 +372,11 @@ def test_weights_that_are_no_floats_are_refused(tmp_path: Path, tiny: AttnResDec
     refused(write(tmp_path / "c", state, fla_config(tiny.config, 1)), "checkpoint.quantized", "fla")
 
 
-def test_the_trained_queries_are_far_from_zero() -> None:
+@pytest.mark.parametrize("directory", [TRAINED, TRAINED.with_name("attn_res_small_full")], ids=["block", "full"])
+def test_the_trained_queries_are_far_from_zero(directory: Path) -> None:
     """What tests of native models rely on: a read that came out as the mean of its sources would be noticed."""
-    assert {tensor.dtype for tensor in load_file(TRAINED / "model.safetensors").values()} == {torch.bfloat16}
-    model = AttnResDecoder.load(TRAINED).float()
+    assert {tensor.dtype for tensor in load_file(directory / "model.safetensors").values()} == {torch.bfloat16}
+    model = AttnResDecoder.load(directory).float()
     text = torch.tensor(list((TRAINED.parent / "sotu-2000.txt").read_bytes()[: 4 * 128])).view(4, 128)
 
     def loss() -> float:
@@ -384,7 +385,7 @@ def test_the_trained_queries_are_far_from_zero() -> None:
         return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()))
 
     trained = loss()
-    assert trained < 1.8  # 1.45 on the whole text, in windows of twice the length
+    assert trained < 1.9  # 1.45 and 1.60 on the whole text, in windows of twice the length
     for name, weight in model.named_parameters():
         if name.endswith("res_proj.weight"):
             torch.nn.init.zeros_(weight)

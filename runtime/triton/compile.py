@@ -29,9 +29,7 @@ HIDDEN_PARAMETERS: Final = 2
 """Pointers that triton appends to the parameters: global and profile scratch. These kernels use neither: pass null."""
 
 _ENTRY: Final = re.compile(r"\.visible \.entry (?P<symbol>\w+)\((?P<parameters>[^)]*)\)")
-_RESOURCES: Final = re.compile(
-    r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
-)
+_RESOURCES: Final = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)")
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,12 @@ def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
             got=capability,
             todo="Run the function bodies there: leave the kernels out.",
         )
-    compiled = _triton_compile(spec, architecture)
-    ptx, cubin = str(compiled.asm["ptx"]), bytes(compiled.asm["cubin"])
+    for limit in _register_limits(spec):
+        compiled = _triton_compile(spec, architecture, limit)
+        ptx, cubin = str(compiled.asm["ptx"]), bytes(compiled.asm["cubin"])
+        registers, spills = _resources(cubin)
+        if spills == 0:
+            break
     entry = _ENTRY.search(ptx)
     parameters = tuple(re.findall(r"\.param (\.\w+)", entry["parameters"])) if entry else ()
     wanted = (".u64",) * (len(spec.inputs) + len(spec.outputs) + HIDDEN_PARAMETERS)
@@ -103,8 +105,6 @@ def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
             got=" ".join(parameters) or "no .entry in the PTX",
             todo="Use a triton release that Depthwire was tested with (constraints.txt).",
         )
-    registers, static_shared, spills = _resources(cubin)
-    del static_shared  # reserved by the system from SM90 on, and not part of the launch
     return Compiled(
         spec=spec,
         capability=capability,
@@ -120,7 +120,7 @@ def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
     )
 
 
-def _triton_compile(spec: KernelSpec, architecture: int) -> Any:
+def _triton_compile(spec: KernelSpec, architecture: int, limit: int | None) -> Any:
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -146,7 +146,7 @@ def _triton_compile(spec: KernelSpec, architecture: int) -> Any:
             return triton.compile(
                 ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(arguments)),
                 target=GPUTarget("cuda", architecture, 32),
-                options={"num_warps": spec.launch.warps, "enable_fp_fusion": True, "maxnreg": _registers(spec)},
+                options={"num_warps": spec.launch.warps, "enable_fp_fusion": True, "maxnreg": limit},
             )
         except Exception as error:
             raise BuildError(
@@ -159,9 +159,13 @@ def _triton_compile(spec: KernelSpec, architecture: int) -> Any:
             ) from error
 
 
-def _registers(spec: KernelSpec) -> int | None:
-    """Return the most registers of a thread: the assembler would spill a few to fit two blocks of 16 warps on an SM."""
-    return 128 if spec.launch.warps > 8 else None
+def _register_limits(spec: KernelSpec) -> tuple[int | None, ...]:
+    """Return the limits on a thread's registers to try in turn until nothing is spilled.
+
+    Left to itself, the assembler at times spills a few bytes to fit one more block on an SM; told that a thread may use
+    all the registers that the launch leaves it, it does not.
+    """
+    return None, min(255, 65536 // (32 * spec.launch.warps))
 
 
 def _alignment(arguments: dict[str, Any]) -> dict[tuple[int, ...], list[list[str | int]]]:
@@ -176,8 +180,8 @@ def _alignment(arguments: dict[str, Any]) -> dict[tuple[int, ...], list[list[str
     return found
 
 
-def _resources(cubin: bytes) -> tuple[int, int, int]:
-    """Return registers, static shared memory and stack bytes of the one kernel of a cubin."""
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Return registers and stack bytes of the one kernel of a cubin."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -195,4 +199,4 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
             got=(done.stderr or done.stdout).strip()[:400] or "no output",
             todo="Use a triton release that Depthwire was tested with (constraints.txt).",
         )
-    return int(match["registers"]), int(match["shared"]), max(int(match["stack"]), int(match["local"]))
+    return int(match["registers"]), max(int(match["stack"]), int(match["local"]))

@@ -37,7 +37,7 @@ def constants_of(spec: KernelSpec) -> dict[str, int | float | bool]:
     launch = spec.launch
     shape = {"COUNT": spec.count, "WIDTH": spec.width, "BLOCK": launch.block}
     if spec.kind == "inter":
-        tail = {"QUERIES": spec.queries, "SHARE": launch.share, "PROGRAMS": launch.programs, "AHEAD": launch.ahead}
+        tail = {"QUERIES": spec.queries, "SHARE": launch.share, "PROGRAMS": launch.programs}
         own = {"GROUPS": launch.groups, "ALIGNED": spec.aligned, "EPS": spec.eps, "SCALE": spec.scale}
         return {**shape, **own, **tail}
     tiles = {"TILE": launch.tile, "GROUPS": launch.groups, "ALIGNED": spec.aligned}

@@ -38,7 +38,6 @@ class Launch:
         groups: Rows of the kernel's pointer table, a power of two that holds the tiles.
         share: Queries of one program; 1 but in Inter.
         programs: Programs a row.
-        ahead: Whether Inter loads the next source before it reduces one, which takes registers.
     """
 
     block: int
@@ -47,7 +46,6 @@ class Launch:
     groups: int
     share: int
     programs: int
-    ahead: bool
 
 
 @dataclass(frozen=True)
@@ -168,17 +166,23 @@ class KernelSpec:
         block = max(32, _power(self.width))
         each = 8 if block <= 2048 else 16  # elements of a row that a thread holds, a few vectors of 16 bytes
         warps = min(16, max(1, block // (32 * each)))
-        each = block // (32 * warps)
-        # Above 8 warps a thread has at most 128 registers, and half as many elements leave room for the rest.
-        elements = 32 if warps > 8 else 64
         if self.kind == "inter":
-            # Without vectors every element has an address of its own, which takes registers too.
-            most = max(1, elements // each) if self.aligned or warps <= 8 else 1
-            share = min(8, most, _power(self.queries))
-            return Launch(block, warps, 1, _power(self.count), share, -(-self.queries // share), ahead=warps <= 8)
+            return self._inter(block, warps if block > 8192 else min(8, warps))
+        each = block // (32 * warps)
+        # With 16 warps a thread has at most 128 registers, and half as many elements leave room for the rest.
         rest = max(1, self.count - 1)
-        tile = min(8, max(1, elements // each), _power(rest))
-        return Launch(block, warps, tile, _power(-(-rest // tile)), 1, 1, ahead=False)
+        tile = min(8, max(1, (32 if warps > 8 else 64) // each), _power(rest))
+        return Launch(block, warps, tile, _power(-(-rest // tile)), 1, 1)
+
+    def _inter(self, block: int, warps: int) -> Launch:
+        """Return Inter's launch: a query costs a thread its own elements and those of its accumulator."""
+        share = min(8, max(1, 64 * 32 * warps // block), _power(self.queries))
+        if block > 8192:
+            share = 1
+        elif block > 2048 and not self.aligned:
+            # Without vectors every element has an address of its own, which takes registers too.
+            share = max(1, share // 2)
+        return Launch(block, warps, 1, _power(self.count), share, -(-self.queries // share))
 
     @property
     def key(self) -> str:

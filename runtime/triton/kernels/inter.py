@@ -24,7 +24,6 @@ def attn_res_inter(
     QUERIES: tl.constexpr,
     SHARE: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    AHEAD: tl.constexpr,
 ) -> None:
     """Read COUNT sources with QUERIES queries: outputs normalised per query, and the logarithm of each mass.
 
@@ -45,20 +44,17 @@ def attn_res_inter(
     mixed = tl.zeros([SHARE, BLOCK], tl.float32)
     offset = row_index * WIDTH + lane
     table = pointer_table(sources, COUNT, 1, GROUPS)
-    row, _ = load_tile(table, 0, sources[0], offset, keep, COUNT, 1, GROUPS, ALIGNED)
+    following, _ = load_tile(table, 0, sources[0], offset, keep, COUNT, 1, GROUPS, ALIGNED)
     for index in range(COUNT):
-        if AHEAD:  # the next source is on its way while this one is reduced
-            following, _ = load_tile(table, index + 1, sources[0], offset, keep, COUNT, 1, GROUPS, ALIGNED)
+        row = following
+        # The next source is on its way while this one is reduced.
+        following, _ = load_tile(table, index + 1, sources[0], offset, keep, COUNT, 1, GROUPS, ALIGNED)
         rstd = inverse_rms(tl.sum(row * row), EPS, WIDTH)
         logits = tl.sum(row * u, axis=1, keep_dims=True) * rstd * SCALE
         higher = tl.maximum(peak, logits)
         remain = tl.exp(peak - higher)
         weights = tl.exp(logits - higher)
         peak, mass, mixed = higher, mass * remain + weights, mixed * remain + weights * row
-        if AHEAD:
-            row = following
-        else:
-            row, _ = load_tile(table, index + 1, sources[0], offset, keep, COUNT, 1, GROUPS, ALIGNED)
     place = which * rows + row_index
     tl.store(out + place * WIDTH + lane, (mixed / mass).to(out.dtype.element_ty), mask=asked & keep)
     tl.store(lse + place, peak + tl.log(mass), mask=asked)

@@ -53,6 +53,7 @@ def test_the_widest_fused_read_spills_nowhere(capability: str) -> None:
         ("AttnResInter_9", 8191, "float32", 24, "SM87"),
         ("AttnResInter_61", 576, "float16", 8, "SM89"),
         ("AttnResAddUnitReadNorm_129", 7168, "float16", 1, "SM90"),
+        ("AttnResAddUnitReadNorm_129", 4096, "bfloat16", 1, "SM110"),
     ],
 )
 def test_other_kernels_do_not_spill_either(
@@ -85,11 +86,16 @@ def test_bf16_is_rounded_to_nearest() -> None:
 
 
 def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "_registers", lambda _: 32)
+    monkeypatch.setattr(compiler, "_register_limits", lambda _: (32,))
     spec = KernelSpec("AttnResRead_9", 576, "float16", eps=1e-6)
     spilling = compile_kernel(spec, "SM87")
     assert spilling.registers <= 32
     assert spilling.spills > 0
+
+
+def test_a_kernel_that_spills_is_compiled_again_with_more_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_register_limits", lambda _: (32, 255))
+    assert compile_kernel(KernelSpec("AttnResRead_9", 576, "float16", eps=1e-6), "SM87").spills == 0
 
 
 def test_parameters_that_are_not_the_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +118,7 @@ def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_compiler_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "_registers", lambda _: "many")
+    monkeypatch.setattr(compiler, "_register_limits", lambda _: ("many",))
     with pytest.raises(BuildError) as caught:
         compile_kernel(KernelSpec("AttnResRead_3", 64, "float16"), "SM87")
     assert caught.value.code == "triton.compile-failed"

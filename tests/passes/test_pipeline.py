@@ -321,12 +321,16 @@ def test_the_standard_pipeline(attn_res: str | None, attention: str) -> None:
     pipeline = standard_pipeline(attn_res=attn_res, attention=attention)  # type: ignore[arg-type]
     after = pipeline.run(program)
     names = [record.name for record in after.history]
-    expected = ["remove_noops", "canonicalize_views", "canonicalize_constants", "fuse_norm"]
-    expected += ["lift_attn_res"] * (attn_res is not None) + ["legalize_attention"] * (attention == "decomposed")
-    assert names == expected
+    canonical = [step.name for step in canonical_pipeline().passes]
+    assert names[: len(canonical)] == canonical
+    assert canonical[0] == "remove_noops"
+    assert ("lift_attn_res" in names) is (attn_res is not None)
+    assert ("legalize_attention" in names) is (attention == "decomposed")
+    legal = [name.startswith("legalize_") for name in names]
+    assert legal == sorted(legal)  # what targets need comes last
     assert_parity(program, after)
     again = standard_pipeline(attn_res=None, attention=attention).run(after)  # type: ignore[arg-type]
-    assert [record.rewrites for record in again.history[len(names) :]] == [0] * (4 + (attention == "decomposed"))
+    assert {record.rewrites for record in again.history[len(names) :]} == {0}
 
 
 def test_a_saved_program_is_the_same(tmp_path: Path) -> None:

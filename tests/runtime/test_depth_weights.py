@@ -16,6 +16,8 @@ import depthwire
 from depthwire._depth_weights import HEAT_MAP
 from depthwire.errors import BuildError, UsageError
 from depthwire.export.capture import capture
+from depthwire.export.inputs import text_windows
+from depthwire.models import attn_res
 from depthwire.models.attn_res import AttnResConfig, AttnResDecoder
 from depthwire.ops import attn_res_add_read_norm, attn_res_read
 from depthwire.runtime.depth_weights import DepthWeights, Read, depth_weights, save_heat_map
@@ -153,6 +155,33 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
     read = Read("read", "", ("a",), ("",), (1.0,))
     with pytest.raises(BuildError, match=r"runtime\.no-matplotlib"):
         save_heat_map(DepthWeights((read,), 1), tmp_path / "map.png")
+
+
+@pytest.mark.parametrize("name", ["attn_res_small", "attn_res_small_full"])
+def test_the_reads_of_a_trained_model_are_those_of_its_eager_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AttnResDecoder.load(DATA / name).float()
+    program = capture(DATA / name, seq_len=64, dtype="fp32")
+    (window,) = text_windows(program, DATA / "sotu-2000.txt", count=1)
+    want = []
+    read = attn_res.depth_read
+
+    def recorded(sources: list[Tensor], proj: nn.Linear, norm: nn.RMSNorm) -> Tensor:
+        if len(sources) > 1:
+            query = (proj.weight[0] * norm.weight).detach().double().numpy()
+            values = torch.stack(sources).detach().double().numpy()
+            want.append(by_hand(query, values.reshape(len(sources), -1, model.config.width), model.config.eps, 1.0))
+        return read(sources, proj, norm)
+
+    monkeypatch.setattr(attn_res, "depth_read", recorded)
+    model(torch.from_numpy(window["input_ids"]))
+    found = depthwire.inspect(program, depth_weights=True, text=DATA / "sotu-2000.txt", windows=1).depth_weights
+    assert found is not None
+    assert len(found["reads"]) == len(want) == 2 * model.config.layers
+    for read_found, weights in zip(found["reads"], want, strict=True):
+        # Eager and rewritten order their sums differently; fp32 logits of a few units.
+        np.testing.assert_allclose([source["weight"] for source in read_found["sources"]], weights, atol=1e-5)
+    assert found["reads"][-1]["module"] == "norm"
+    assert found["reads"][0]["sources"][0]["module"] == "embed_tokens"
 
 
 # --- the verb -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from depthwire.runtime.native import required_path
+from depthwire.runtime.native import custom_ops_library
 from depthwire.runtime.triton.bundle import HEADER, INDEX, Entry, write_bundle
 from tests.conftest import ROOT
 from tests.runtime.native.cuda_session import INDEX as ROW
@@ -73,9 +73,9 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def session(probe: Path, folder: Path, op_type: str, *, width: int = 64, **environment: str) -> Any:
+def session(library: Path, folder: Path, op_type: str, *, width: int = 64, **environment: str) -> Any:
     """Run a node in a process of its own."""
-    command = [sys.executable, "-m", "tests.runtime.native.cuda_session", str(probe / "probe.so"), str(folder)]
+    command = [sys.executable, "-m", "tests.runtime.native.cuda_session", str(library), str(folder)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command += [op_type, str(width)]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
@@ -92,7 +92,7 @@ def test_a_launch_gets_the_nodes_inputs_and_outputs(
     spec = spec_of(op_type, 64)
     (entry,) = (entry for entry in entries if entry.key == spec.key and entry.capability == 86)
     found = session(
-        probe,
+        probe / "probe.so",
         folder,
         op_type,
         LD_LIBRARY_PATH=str(probe),
@@ -124,7 +124,9 @@ def test_a_launch_gets_the_nodes_inputs_and_outputs(
 def test_without_a_cubin_that_fits_the_call_is_refused(
     capability: str, width: int, text: str, probe: Path, bundle: tuple[Path, list[Entry]]
 ) -> None:
-    found = session(probe, bundle[0], "AttnResInter_2", width=width, LD_LIBRARY_PATH=str(probe), PROBE_CC=capability)
+    found = session(
+        probe / "probe.so", bundle[0], "AttnResInter_2", width=width, LD_LIBRARY_PATH=str(probe), PROBE_CC=capability
+    )
     assert text in found["error"]
     assert "depthwire AttnResInter_2: " in found["error"]
 
@@ -134,7 +136,9 @@ def test_without_a_driver_the_call_is_refused(probe: Path, bundle: tuple[Path, l
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        assert "there is no CUDA driver: libcuda.so.1" in session(probe, bundle[0], "AttnResMerge_0")["error"]
+        assert (
+            "there is no CUDA driver: libcuda.so.1" in session(probe / "probe.so", bundle[0], "AttnResMerge_0")["error"]
+        )
     else:
         pytest.skip("this machine has a CUDA driver")
 
@@ -146,14 +150,14 @@ def test_a_damaged_cubin_is_refused_by_the_driver(
     for file in bundle[0].iterdir():
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content if file.name == INDEX else b"X" + content)
-    found = session(probe, tmp_path, "AttnResMerge_0", LD_LIBRARY_PATH=str(probe), PROBE_CC="90")
+    found = session(probe / "probe.so", tmp_path, "AttnResMerge_0", LD_LIBRARY_PATH=str(probe), PROBE_CC="90")
     assert "cannot load" in found["error"]
     assert "refused by the fake driver (200)" in found["error"]
 
 
 def select(folder: Path, key: str, major: int, minor: int) -> tuple[int, str]:
     """Ask the library that is shipped which cubin a device gets."""
-    library = ctypes.CDLL(str(required_path()))
+    library = ctypes.CDLL(custom_ops_library())
     if not hasattr(library, "DepthwireSelectCubin"):
         pytest.skip("the library was built without cuda.h, and so without kernels for the CUDA provider")
     text = ctypes.create_string_buffer(1024)
@@ -172,6 +176,12 @@ def test_a_device_gets_a_cubin_that_it_can_run(
     code, text = select(folder, entries[0].key, *device)
     assert code == (file is None)
     assert text.endswith(f"{entries[0].key}-{file}.cubin" if file else f"this GPU is SM{device[0]}{device[1]}")
+
+
+def test_a_cpu_session_is_served_as_before_where_cubins_are_named(bundle: tuple[Path, list[Entry]]) -> None:
+    select(bundle[0], "key", 8, 6)  # skips where the library has no kernels for the CUDA provider
+    found = session(Path(custom_ops_library()), bundle[0], "AttnResMerge_0")
+    assert found == {"first": [10.0 + ROW], "shapes": [[2, 3, 64]]}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +205,6 @@ def test_a_folder_that_is_no_bundle_is_refused_when_the_session_is_made(
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("depthwire.kernels", str(tmp_path))
     with pytest.raises(InvalidArgument) as caught:
-        options.register_custom_ops_library(str(required_path()))
+        options.register_custom_ops_library(custom_ops_library())
     assert "session configuration entry 'depthwire.kernels': " in str(caught.value)
     assert text in str(caught.value)

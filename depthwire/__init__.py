@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from depthwire.api import (
+        Explanation,
         Inspection,
         Plan,
         Result,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         capture,
         convert,
         doctor,
+        explain,
         export,
         inspect,
         plan,
@@ -38,6 +40,7 @@ __version__ = version("depthwire")
 __all__ = [
     "Artifact",
     "DepthwireError",
+    "Explanation",
     "Inspection",
     "Plan",
     "Program",
@@ -50,6 +53,7 @@ __all__ = [
     "capture",
     "convert",
     "doctor",
+    "explain",
     "export",
     "inspect",
     "plan",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from depthwire._outdir import check_file, disk_full_as_error, require_space
-from depthwire._results import Inspection
+from depthwire._results import Explanation, Inspection
 from depthwire.artifact import MANIFEST, Artifact, Checkpoint
 from depthwire.errors import ExportError, InternalError, PassError, UsageError
 from depthwire.recipe import Recipe
@@ -209,6 +209,15 @@ def inspect(source: Model, recipe: Recipe, stages: Stages, examples: Examples) -
         structure = find_residual_stream(canonical).as_dict()
         stage.detail = f"{len(structure['sublayers'])} sublayers, {len(structure['breaks'])} breaks"
     return Inspection(source_dict(program), structure=structure)
+
+
+def explain(source: Model, recipe: Recipe, stages: Stages, examples: Examples) -> Explanation:
+    """See ``depthwire.api.explain``."""
+    from depthwire.runtime.target import load_target
+
+    program = capture_stage(source, recipe, stages, examples)
+    rewritten = rewrite_stage(program, recipe, load_target(recipe.target), stages)
+    return Explanation(source_dict(program), passes_list(rewritten.program))
 
 
 def rewrite(source: Model, recipe: Recipe, stages: Stages, out: Path | None, examples: Examples) -> Program:

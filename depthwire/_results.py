@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from depthwire.errors import ParityError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from depthwire.artifact import Artifact, EngineInfo
     from depthwire.recipe import Recipe
@@ -56,6 +56,23 @@ class Inspection:
         manifest = None if self.artifact is None else self.artifact.manifest.model_dump(mode="json")
         found = {"source": dict(self.source), "structure": self.structure, "manifest": manifest}
         return found if self.depth_weights is None else {**found, "depth_weights": self.depth_weights}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found: each pass of a rewrite with what it did and what it left alone.
+
+    Attributes:
+        source: The model, JSON-ready.
+        passes: One entry per pass in order: name, options, rewrites, declines (code, at, want, got), notes, seconds.
+    """
+
+    source: Mapping[str, Any]
+    passes: Sequence[Mapping[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the finding as JSON-ready values."""
+        return {"source": dict(self.source), "passes": [dict(each) for each in self.passes]}
 
 
 @dataclass(frozen=True)

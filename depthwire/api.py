@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthwire._options import Options, combine
-from depthwire._results import Inspection, Plan, Result, VerificationError
+from depthwire._results import Explanation, Inspection, Plan, Result, VerificationError
 from depthwire.errors import UsageError
 from depthwire.stages import Stages
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from depthwire.runtime.verify_report import VerifyReport
 
 __all__ = [
+    "Explanation",
     "Inspection",
     "Options",
     "Plan",
@@ -39,6 +40,7 @@ __all__ = [
     "capture",
     "convert",
     "doctor",
+    "explain",
     "export",
     "inspect",
     "plan",
@@ -122,6 +124,34 @@ def inspect(
             todo="Leave it out.",
         )
     return _flow.inspect(model, resolved, stages or Stages(), example_inputs)
+
+
+def explain(
+    source: Model | None = None,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    stages: Stages | None = None,
+    example_inputs: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    **options: Unpack[Options],
+) -> Explanation:
+    """Capture and rewrite a model in memory and say what each pass did, and what it left alone and why.
+
+    Args:
+        source: A model as for ``capture``, or a ``Program``.
+        recipe: See the module's text.
+        stages: See the module's text.
+        example_inputs: Inputs of an ``nn.Module``.
+        **options: As for ``convert``; those of the source, the rewrite and the target matter.
+
+    Raises:
+        UsageError: An option cannot be meant.
+        CaptureError: The model cannot be captured.
+        PassError: The structure of the model does not allow the rewrite.
+    """
+    from depthwire import _flow
+
+    model, resolved = combine(source, None, recipe, options)
+    return _flow.explain(model, resolved, stages or Stages(), example_inputs)
 
 
 def rewrite(

@@ -24,6 +24,7 @@ class Verb(NamedTuple):
 VERBS = {
     "convert": Verb("convert", "All stages: capture, rewrite, export, verify, build, report."),
     "inspect": Verb("inspect", "Show a model's residual stream, or what an artefact holds."),
+    "explain": Verb("explain", "Show what each pass does to a model, and what it leaves alone and why."),
     "rewrite": Verb("rewrite", "Capture and rewrite; write a trainable .pt2."),
     "export": Verb("export", "Capture, rewrite and write the artefact, without verify and build."),
     "verify": Verb("verify", "Compare an artefact with the model it came from."),

@@ -99,6 +99,19 @@ def show_passes(passes: Sequence[Mapping[str, Any]]) -> Table:
     return rows_table(rows, ("pass", "options", "rewrites", "declines"), "passes")
 
 
+def show_explanation(passes: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Yield one row per pass, and one per place that a pass left alone: where, what it needs there, what it found."""
+    rows = [(each["name"], each["rewrites"], len(each["declines"]), f"{each['seconds']:.2f} s") for each in passes]
+    yield rows_table(rows, ("pass", "rewrites", "declines", "time"), "passes")
+    declines = [decline for each in passes for decline in each["declines"]]
+    if declines:
+        cells = [[decline[key] for key in ("code", "at", "want", "got")] for decline in declines]
+        yield rows_table(cells, ("left alone because", "at", "wanted", "found"), "declines")
+    notes = [(each["name"], note) for each in passes for note in each["notes"]]
+    if notes:
+        yield rows_table(notes, ("pass", "what was weighed"), "notes")
+
+
 def show_engine(engine: EngineInfo) -> Table:
     """Return the facts of one engine."""
     return pairs_table(

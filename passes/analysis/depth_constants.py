@@ -54,6 +54,8 @@ class Constants:
         stored = {**exported.constants, **exported.state_dict}
         self._known: dict[torch.fx.Node, Any] = {}
         self._nodes: set[torch.fx.Node] = set()
+        self._calls: dict[object, torch.fx.Node] = {}
+        self._first: dict[torch.fx.Node, torch.fx.Node] = {}
         targets = {spec.arg.name: stored.get(str(spec.target)) for spec in specs}
         for node in exported.graph.nodes:
             if node.op == "placeholder":
@@ -63,10 +65,18 @@ class Constants:
                     self._known[node] = weight.detach()
             elif node.op == "call_function" and self._follows(node):
                 self._nodes.add(node)
+                args, kwargs = map_arg((node.args, dict(node.kwargs)), self.first)
+                known = self._calls.setdefault((node.target, str(args), str(kwargs)), node)
+                if known is not node:
+                    self._first[node] = known
 
     def __contains__(self, node: object) -> bool:
         """Tell whether a node is constant."""
         return node in self._nodes
+
+    def first(self, node: torch.fx.Node) -> torch.fx.Node:
+        """Return the first node that computes what a constant node does, so that equal constants are one."""
+        return self._first.get(node, node)
 
     def _follows(self, node: torch.fx.Node) -> bool:
         if is_call(node, *_FILLS):

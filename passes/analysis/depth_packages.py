@@ -78,7 +78,7 @@ def _logits(context: Context, term: Term, queries: Sequence[Any], eps: float, sc
             return None
         count = shape[0] if len(shape) == 2 else 1
         rows = (whole(("query", query.name, 0), count),) if len(shape) == 2 else ()
-        consts.add((Const(query, (*rows, whole(axis, width))), 1.0))
+        consts.add((Const(context.constants.first(query), (*rows, whole(axis, width))), 1.0))
     return Logits(bank, axis, frozenset(consts), eps, scale)
 
 

@@ -143,7 +143,7 @@ def _constants(
         if isinstance(operand, float):
             number *= operand
         elif isinstance(operand, Const):
-            aligned = _aligned(operand, names, axes, new=new)
+            aligned = _aligned(context, operand, names, axes, new=new)
             if aligned is None:
                 return None
             single = not any(aligned.dims) or has_axis(aligned.dims, DEPTH)
@@ -217,7 +217,9 @@ def _clash(context: Context, terms: Sequence[Term]) -> str:
     return "query-depends-on-input"
 
 
-def _aligned(const: Const, names: Sequence[Hashable], axes: dict[Hashable, Dim], *, new: bool) -> Const | None:
+def _aligned(
+    context: Context, const: Const, names: Sequence[Hashable], axes: dict[Hashable, Dim], *, new: bool
+) -> Const | None:
     """Say what the dimensions of a constant run over; one that no term runs over counts queries."""
     dims: list[Dim] = []
     shape = value(const.node).shape
@@ -232,7 +234,7 @@ def _aligned(const: Const, names: Sequence[Hashable], axes: dict[Hashable, Dim],
                 return None
             axes[label] = whole(("query", const.node.name, position), int(shape[position]))
         dims.append(axes[label])
-    return Const(const.node, tuple(dims))
+    return Const(context.constants.first(const.node), tuple(dims))
 
 
 def multiply(terms: Sequence[Term], number: float, constants: Iterable[tuple[Const, float]]) -> Term | None:

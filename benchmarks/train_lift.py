@@ -150,7 +150,9 @@ def compare(name: str, way: str, other: str, results: dict[str, dict[str, Tensor
     """Print how one way's loss on a text differs from another's, window by window."""
     figures = paired(results[other][name], results[way][name])
     figures = {key: None if value is None else round(value, 5) for key, value in figures.items()}
-    log(figure="held_out_difference", text=name, way=way, against=other, n=len(results[way][name]), **figures)
+    won = int((results[way][name] < results[other][name]).sum())
+    count = len(results[way][name])
+    log(figure="held_out_difference", text=name, way=way, against=other, n=count, won=won, **figures)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ demo: $(READY) $(MODEL)/config.json native ## Convert SmolLM2-135M to Block Attn
 	$(BIN)/depthwire convert $(MODEL) --attn-res block:8 --batch 1 --seq-len 512 --text $(TEXT) --windows 4 \
 	    --target rtx --cc SM86 --cc SM120 -o $(OUT)
 
-test: $(READY) $(MODEL)/config.json native ## Lint, type-check and run every test
+test: $(READY) $(MODEL)/config.json native native-asan ## Lint, type-check and run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p depthwire
@@ -68,6 +68,7 @@ lint: $(READY)  ## Lint and type-check only
 bench: $(READY) $(MODEL)/config.json native ## Print the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.convert_cost
 	$(BIN)/python -m benchmarks.lift_latency
+	$(BIN)/python -m benchmarks.native_reads
 
 clean:          ## Remove the environment, the caches and the outputs
 	rm -rf $(VENV) .cache out build dist runtime/native/lib *.egg-info

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from depthwire.errors import DepthwireError
     from depthwire.program import Program
     from depthwire.recipe import Recipe
+    from depthwire.runtime.native import custom_ops_library
     from depthwire.stages import Stages
 
 __version__ = version("depthwire")
@@ -52,6 +53,7 @@ __all__ = [
     "build",
     "capture",
     "convert",
+    "custom_ops_library",
     "doctor",
     "explain",
     "export",
@@ -68,6 +70,7 @@ _HOMES = {
     "Program": "depthwire.program",
     "Recipe": "depthwire.recipe",
     "Stages": "depthwire.stages",
+    "custom_ops_library": "depthwire.runtime.native",
 }
 
 

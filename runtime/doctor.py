@@ -19,6 +19,8 @@ from typing import Literal
 
 import psutil
 
+from depthwire.errors import BuildError
+from depthwire.runtime import native
 from depthwire.runtime.memory import available_bytes, gigabytes
 
 Status = Literal["present", "missing", "broken", "not-applicable"]
@@ -103,7 +105,7 @@ def diagnose(*, deep: bool = False, folder: Path | None = None) -> list[Finding]
     found = [_python()]
     found += [_package(package, deep=deep) for package in PACKAGES]
     found.insert(5, _onnxruntime(deep=deep))
-    found += [_polygraphy_command(), _gpu(), _memory(), _disk(folder or Path.cwd())]
+    found += [_kernels(), _polygraphy_command(), _gpu(), _memory(), _disk(folder or Path.cwd())]
     return found
 
 
@@ -205,6 +207,18 @@ def _onnxruntime(*, deep: bool) -> Finding:
     return Finding(
         name, "present", version, f"{purpose} ({distribution}; providers in it: {', '.join(['cpu', *shipped])})"
     )
+
+
+def _kernels() -> Finding:
+    name, purpose = "kernels", "runs depth-attention operators in ONNX Runtime"
+    try:
+        instructions = native.instruction_set()
+    except BuildError as error:
+        return Finding(name, "broken", None, f"{error.what}: {error.got}", native.BUILD_COMMAND)
+    if instructions is None:
+        detail = f"{purpose}: not built, so the function bodies in the file run, which are slower"
+        return Finding(name, "missing", None, detail, native.BUILD_COMMAND)
+    return Finding(name, "present", str(native.ABI), f"{purpose} ({instructions}; {native.library_path()})")
 
 
 def _polygraphy_command() -> Finding:

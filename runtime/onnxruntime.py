@@ -10,7 +10,6 @@ from depthwire.runtime import native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     import onnx
     import onnxruntime as ort
@@ -65,7 +64,7 @@ def session_from_artifact(
     library = _library(artifact, providers, kernels=kernels)
     if library is not None:
         options.add_session_config_entry(native.OPS_ENTRY, native.ops_entry(artifact.manifest.custom_ops))
-        options.register_custom_ops_library(str(library))
+        options.register_custom_ops_library(library)
     mapped = artifact.manifest.weight_bytes > COPY_LIMIT if map_weights is None else map_weights
     if mapped:
         options.add_session_config_entry(_NO_PREPACKING, "1")
@@ -138,12 +137,12 @@ def value_names(artifact: Artifact) -> frozenset[str]:
     return _computed(_load(artifact))
 
 
-def _library(artifact: Artifact, providers: Sequence[str], *, kernels: bool | None) -> Path | None:
+def _library(artifact: Artifact, providers: Sequence[str], *, kernels: bool | None) -> str | None:
     # A kernel for the CPU wins over a body on every provider, and then each read copies its sources to the host.
     if kernels is False or (kernels is None and tuple(providers) != (CPU,)):
         return None
-    path = native.required_path() if kernels else native.library_path()
-    return path if native.ops_entry(artifact.manifest.custom_ops) else None
+    path = native.custom_ops_library() if kernels else native.library_path()
+    return str(path) if path is not None and native.ops_entry(artifact.manifest.custom_ops) else None
 
 
 def _load(artifact: Artifact) -> onnx.ModelProto:

@@ -46,8 +46,8 @@ def library_path() -> Path | None:
     return _LIBRARY
 
 
-def required_path() -> Path:
-    """Return the path of the library.
+def custom_ops_library() -> str:
+    """Return the path of the library, for ``SessionOptions.register_custom_ops_library`` of a session of your own.
 
     Raises:
         BuildError: It is not built (``runtime.no-kernels``), or not usable (``runtime.stale-kernels``).
@@ -63,7 +63,7 @@ def required_path() -> Path:
             todo=f"Build it in a checkout of Depthwire with '{BUILD_COMMAND}', or leave the kernels away: the function "
             "bodies in the file compute the same.",
         )
-    return path
+    return str(path)
 
 
 def instruction_set() -> str | None:

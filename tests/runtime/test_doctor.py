@@ -48,7 +48,7 @@ def diagnosed(folder: Path, *arguments: str, **environment: str) -> dict[str, di
 
 def test_the_report_covers_everything_and_imports_nothing_heavy(tmp_path: Path) -> None:
     found = diagnosed(tmp_path)
-    names = {"python", "onnxruntime", "polygraphy command", "NVIDIA GPU", "memory", "disk"}
+    names = {"python", "onnxruntime", "kernels", "polygraphy command", "NVIDIA GPU", "memory", "disk"}
     assert set(found) == names | {package.distribution for package in PACKAGES}
     assert found["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
     for name in ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "polygraphy", "memory", "disk"):
@@ -183,3 +183,16 @@ def test_a_finding_is_json() -> None:
         "detail": "1 GB free",
         "remedy": None,
     }
+
+
+def test_the_kernels_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = doctor._kernels()
+    assert found.status == "present"
+    assert re.search(r"\((avx512|avx2|neon|baseline); .*libdepthwire_ort\.so\)", found.detail)
+    monkeypatch.setattr("depthwire.runtime.native._LIBRARY", tmp_path / "absent.so")
+    missing = doctor._kernels()
+    assert (missing.status, missing.remedy) == ("missing", "make native")
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    monkeypatch.setattr("depthwire.runtime.native._LIBRARY", tmp_path / "broken.so")
+    broken = doctor._kernels()
+    assert (broken.status, broken.remedy) == ("broken", "make native")

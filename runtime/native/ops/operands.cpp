@@ -61,9 +61,9 @@ struct Reader {
     if (typed && tensor.rank == rank && tensor.shape[rank - 1] == operands.width && (!matrix || tensor.shape[0] >= 1)) {
       return nullptr;
     }
-    const std::string width = std::to_string(operands.width);
-    return wrong(index, tensor,
-                 std::string("float or ") + type_name(operands.row.type) + (matrix ? " [S, " : " [") + width + "]");
+    std::string wanted = "float";
+    if (operands.row.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) wanted += std::string(" or ") + type_name(operands.row.type);
+    return wrong(index, tensor, wanted + (matrix ? " [S, " : " [") + std::to_string(operands.width) + "]");
   }
 
   OrtStatus* like_row(int index, const Operands& operands, Tensor& tensor) const {

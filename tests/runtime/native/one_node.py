@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
-from depthwire.runtime.native import OPS_ENTRY, ops_entry, required_path
+from depthwire.runtime.native import OPS_ENTRY, custom_ops_library, ops_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +83,7 @@ def session_of(
     options.intra_op_num_threads = threads
     names = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
     options.add_session_config_entry(OPS_ENTRY, ops_entry(names))
-    options.register_custom_ops_library(str(library or required_path()))
+    options.register_custom_ops_library(str(library or custom_ops_library()))
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile

@@ -50,3 +50,8 @@ def test_phase_1(case: TwoPhaseCase) -> None:
         own = dataclasses.replace(tensors, query=queries[row])
         exact, _ = expected(case.reads(), own)
         assert float((found["inter_out"][row].double() - exact).abs().max()) <= allowed(case.reads(), exact)
+        wide = torch.stack([source.double() for source in tensors.sources])
+        rstd = torch.rsqrt(wide.square().mean(-1) + case.eps)
+        lse = torch.logsumexp((wide * queries[row].double()).sum(-1) * rstd * case.scale, dim=0)
+        # A logit's absolute error is that of a dot product of about unit terms, see ``allowed``.
+        torch.testing.assert_close(found["inter_lse"][row].double(), lse, rtol=1e-6, atol=4e-6)

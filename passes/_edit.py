@@ -48,6 +48,8 @@ class GraphEditor:
         new_output = self.graph.output(output)
         new_output.meta = dict(old_output.meta)
         self._input_specs: list[InputSpec] = copy.deepcopy(list(exported.graph_signature.input_specs))
+        self._placeholders: list[torch.fx.Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self._ends = _ends([spec.kind for spec in self._input_specs])
         self._state = dict(exported.state_dict)
         self._constants = dict(exported.constants)
         self._fake_mode = fake_mode_of(exported.graph)
@@ -171,25 +173,25 @@ class GraphEditor:
         node.meta["custom"] = {**(like.meta.get("custom") or {}), STAMP: self._pass_name}
 
     def _add_input(self, kind: InputKind, prefix: str, fqn: str, tensor: torch.Tensor) -> torch.fx.Node:
-        anchor = self._insertion_point(kind)
+        """Parameters go behind the last parameter, constants before the first user input."""
+        position = self._ends[kind]
         name = prefix + fqn.replace(".", "_")
-        with self.graph.inserting_before(anchor):
+        with self.graph.inserting_before(self._placeholder_at(position)):
             node = self.graph.placeholder(name)
         node.meta["val"] = self._fake_mode.from_tensor(tensor, static_shapes=True)
         node.meta["custom"] = {STAMP: self._pass_name}
-        position = [n.name for n in self.graph.nodes if n.op == "placeholder"].index(node.name)
+        self._placeholders.insert(position, node)
         self._input_specs.insert(position, InputSpec(kind, TensorArgument(node.name), fqn, None))
+        self._ends[InputKind.CONSTANT_TENSOR] += 1
+        self._ends[InputKind.PARAMETER] += kind is InputKind.PARAMETER
         return node
 
-    def _insertion_point(self, kind: InputKind) -> torch.fx.Node:
-        """Parameters go behind the last parameter, constants before the first user input."""
-        placeholders: list[torch.fx.Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
-        after_placeholders: torch.fx.Node = placeholders[-1].next if placeholders else next(iter(self.graph.nodes))
-        for node, spec in zip(placeholders, self._input_specs, strict=True):
-            stop = spec.kind is not InputKind.PARAMETER if kind is InputKind.PARAMETER else _is_user(spec)
-            if stop:
-                return node
-        return after_placeholders
+    def _placeholder_at(self, position: int) -> torch.fx.Node:
+        """Return the input at a position, or the node behind the last one."""
+        if position < len(self._placeholders):
+            return self._placeholders[position]
+        after: torch.fx.Node = self._placeholders[-1].next if self._placeholders else next(iter(self.graph.nodes))
+        return after
 
     def _sync_outputs(self, signature: ExportGraphSignature) -> None:
         output = next(iter(reversed(self.graph.nodes)))
@@ -209,8 +211,14 @@ class GraphEditor:
                 self._constants.pop(str(spec.target), None)
 
 
-def _is_user(spec: InputSpec) -> bool:
-    return spec.kind is InputKind.USER_INPUT
+def _ends(kinds: list[InputKind]) -> dict[InputKind, int]:
+    """Return how many inputs stand before the first that is no parameter, and before the first user input."""
+    others = (index for index, kind in enumerate(kinds) if kind is not InputKind.PARAMETER)
+    users = (index for index, kind in enumerate(kinds) if kind is InputKind.USER_INPUT)
+    return {
+        InputKind.PARAMETER: next(others, len(kinds)),
+        InputKind.CONSTANT_TENSOR: next(users, len(kinds)),
+    }
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:

@@ -34,7 +34,7 @@ def open_session(model: Path, threads: int, *, kernels: bool = False) -> onnxrun
         options.add_session_config_entry(
             native.OPS_ENTRY, native.ops_entry({node.op_type for node in proto.graph.node})
         )
-        options.register_custom_ops_library(str(native.required_path()))
+        options.register_custom_ops_library(native.custom_ops_library())
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 

@@ -17,9 +17,9 @@ def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
-def _converted(model: Path, out: Path, *, length: int, windows: int) -> Path:
+def _converted(model: Path, out: Path, *, length: int, windows: int, schedule: str) -> Path:
     """Convert SmolLM2 with eight blocks of AttnRes and verify it on real text, without an engine."""
-    shape = ("--attn-res", "block:8", "--seq-len", str(length), "--windows", str(windows))
+    shape = ("--attn-res", "block:8", "--seq-len", str(length), "--windows", str(windows), "--schedule", schedule)
     done = run("convert", model, *shape, "--text", TEXT, "--target", "rtx", "--no-build", "-o", out)
     assert done.returncode == 0, done.stderr
     return out
@@ -27,11 +27,13 @@ def _converted(model: Path, out: Path, *, length: int, windows: int) -> Path:
 
 @pytest.fixture(scope="session")
 def short_artifact(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model at 128 tokens, for the tests that verify again and again."""
-    return _converted(smollm2_dir, tmp_path_factory.mktemp("short") / "artifact", length=128, windows=1)
+    """The model at 128 tokens, each read by itself, for the tests that verify again and again."""
+    out = tmp_path_factory.mktemp("short") / "artifact"
+    return _converted(smollm2_dir, out, length=128, windows=1, schedule="single")
 
 
 @pytest.fixture(scope="session")
 def smollm2_artifact(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model at 512 tokens, verified on four windows."""
-    return _converted(smollm2_dir, tmp_path_factory.mktemp("smollm2") / "artifact", length=512, windows=4)
+    out = tmp_path_factory.mktemp("smollm2") / "artifact"
+    return _converted(smollm2_dir, out, length=512, windows=4, schedule="auto")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 QUERY = "attn_res.query."
+DOMAIN = "depthwire"
 
 
 def sabotaged(artifact: Path, target: Path, fault: Callable[[onnx.GraphProto], None]) -> Path:
@@ -33,17 +34,21 @@ def sabotaged(artifact: Path, target: Path, fault: Callable[[onnx.GraphProto], N
 
 
 def reads(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Return the AttnRes reads in graph order."""
-    return [node for node in graph.node if node.op_type.startswith("AttnResRead_")]
+    """Return the AttnRes reads in graph order, whatever is fused into them."""
+    return [node for node in graph.node if node.domain == DOMAIN and "Read" in node.op_type]
+
+
+def sources(node: onnx.NodeProto) -> slice:
+    """Return where a read's sources stand among its inputs: behind query and gain, before what is added."""
+    return slice(2 if "Norm" in node.op_type else 1, len(node.input) - ("Add" in node.op_type))
 
 
 def drop_eps_correction(graph: onnx.GraphProto) -> None:
     """Give every norm the eps of the original model."""
     for node in graph.node:
-        if node.op_type == "RMSNormalization":
-            for attribute in node.attribute:
-                if attribute.name == "epsilon":
-                    attribute.f = 1e-5
+        for attribute in node.attribute:
+            if attribute.name in ("epsilon", "norm_eps"):
+                attribute.f = 1e-5
 
 
 def perturb_query(read: int) -> Callable[[onnx.GraphProto], None]:
@@ -62,8 +67,9 @@ def drop_source(read: int) -> Callable[[onnx.GraphProto], None]:
 
     def fault(graph: onnx.GraphProto) -> None:
         node = _read(graph, read)
-        del node.input[2]
-        node.op_type = f"AttnResRead_{len(node.input) - 1}"
+        del node.input[sources(node).start + 1]
+        stem, _, count = node.op_type.rpartition("_")
+        node.op_type = f"{stem}_{int(count) - 1}"
 
     return fault
 
@@ -76,19 +82,23 @@ def exchange_sources(early: int, late: int) -> Callable[[onnx.GraphProto], None]
 
     def fault(graph: onnx.GraphProto) -> None:
         a, b = _read(graph, early), _read(graph, late)
-        a.input[len(a.input) - 1], b.input[1] = b.input[1], a.input[len(a.input) - 1]
+        last, first = sources(a).stop - 1, sources(b).start
+        a.input[last], b.input[first] = b.input[first], a.input[last]
 
     return fault
 
 
 def reverse_sources(read: int) -> Callable[[onnx.GraphProto], None]:
-    """Reverse the order of one read's sources: no fault at all."""
+    """Reverse the order of one read's sources: no fault at all (the one that a sum is made with stays the last)."""
 
     def fault(graph: onnx.GraphProto) -> None:
         node = _read(graph, read)
-        sources = list(node.input)[1:]
-        del node.input[1:]
-        node.input.extend(reversed(sources))
+        place = sources(node)
+        stop = place.stop - ("Add" in node.op_type)
+        inputs = list(node.input)
+        inputs[place.start : stop] = reversed(inputs[place.start : stop])
+        del node.input[:]
+        node.input.extend(inputs)
 
     return fault
 

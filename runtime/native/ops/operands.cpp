@@ -9,6 +9,7 @@ namespace depthwire {
 namespace {
 
 constexpr std::size_t kMaxRank = 16;
+constexpr std::int64_t kMaxQueries = 4096;
 
 const char* type_name(ONNXTensorElementDataType type) {
   switch (type) {
@@ -58,12 +59,16 @@ struct Reader {
     DEPTHWIRE_TRY(fetch(index, tensor));
     const std::size_t rank = matrix ? 2 : 1;
     const bool typed = tensor.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || tensor.type == operands.row.type;
-    if (typed && tensor.rank == rank && tensor.shape[rank - 1] == operands.width && (!matrix || tensor.shape[0] >= 1)) {
-      return nullptr;
+    if (typed && tensor.rank == rank && tensor.shape[rank - 1] == operands.width) {
+      if (!matrix || (tensor.shape[0] >= 1 && tensor.shape[0] <= kMaxQueries)) return nullptr;
     }
     std::string wanted = "float";
-    if (operands.row.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) wanted += std::string(" or ") + type_name(operands.row.type);
-    return wrong(index, tensor, wanted + (matrix ? " [S, " : " [") + std::to_string(operands.width) + "]");
+    if (operands.row.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+      wanted += std::string(" or ") + type_name(operands.row.type);
+    }
+    wanted += (matrix ? " [S, " : " [") + std::to_string(operands.width) + "]";
+    if (matrix) wanted += " with S from 1 to " + std::to_string(kMaxQueries);
+    return wrong(index, tensor, wanted);
   }
 
   OrtStatus* like_row(int index, const Operands& operands, Tensor& tensor) const {

@@ -98,7 +98,7 @@ def test_an_index_out_of_range(index: int) -> None:
         run([node])
 
 
-@pytest.mark.parametrize("shape", [(WIDTH,), (0, WIDTH), (2, WIDTH + 1), (1, 2, WIDTH)], ids=str)
+@pytest.mark.parametrize("shape", [(WIDTH,), (0, WIDTH), (2, WIDTH + 1), (1, 2, WIDTH), (4097, WIDTH)], ids=str)
 def test_queries_of_phase_1(shape: tuple[int, ...]) -> None:
     inputs = {"queries": zeros(*shape), "source_0": zeros(3, WIDTH)}
     node = Node("AttnResInter_1", inputs, {"eps": 1e-6, "scale": 1.0}, ("out", "lse"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -211,6 +212,11 @@ def test_other_depth_mixing_is_declined_with_the_reason(mixer: refused.Mixer) ->
     assert [decline.code for decline in result.declines] == ([] if reason is None else [f"recognize-attn-res.{reason}"])
     for decline in result.declines:
         assert (decline.want, decline.got.partition(" at ")[0]) == REASONS[str(reason)]
+
+
+def test_every_reason_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    assert all(f"## recognize-attn-res.{reason}\n" in page for reason in REASONS)
 
 
 @pytest.mark.parametrize("spec", [Spec(), Spec(mlp="moe", kv_heads=1), Spec(attention="eager", norm="rms-hf")])

@@ -71,7 +71,8 @@ OrtStatus* chosen(const OrtApi& api, const std::string& entry, std::vector<OpSpe
     const std::size_t comma = std::min(entry.find(',', begin), entry.size());
     const std::string item = entry.substr(begin, comma - begin);
     if (!expand(item, specs)) {
-      const std::string text = std::string("session configuration entry '") + kOpsEntry + "': no operator '" + item + "'";
+      const std::string text =
+          std::string("session configuration entry '") + kOpsEntry + "': no operator '" + item + "'";
       return api.CreateStatus(ORT_INVALID_ARGUMENT, text.c_str());
     }
     begin = comma + 1;
@@ -90,7 +91,8 @@ OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions* options) {
   static auto& domains = *new std::map<std::string, OrtCustomOpDomain*>();
   const std::lock_guard lock(guard);
   const std::string key = (present ? entry : "*") + "/" + std::to_string(backends.size());
-  if (const auto known = domains.find(key); known != domains.end()) return api.AddCustomOpDomain(options, known->second);
+  if (const auto known = domains.find(key); known != domains.end())
+    return api.AddCustomOpDomain(options, known->second);
   std::vector<OpSpec> specs;
   if (present) {
     DEPTHWIRE_TRY(chosen(api, entry, specs));

@@ -1,7 +1,7 @@
 // Phase 1: several queries over the same sources; see kernels.h.
 //
-// Here every value is used many times. A few rows of all sources are copied to fp32 scratch, where they lie side by side
-// in the L2 cache; the dot products with all queries are taken on the way, the weighted sums from the copy.
+// Here every value is used many times. A few rows of all sources are copied to fp32 scratch, where they lie side by
+// side in the L2 cache; the dot products with all queries are taken on the way, the weighted sums from the copy.
 #pragma once
 
 #include "rows.h"
@@ -80,7 +80,9 @@ struct InterBlock {
   float* rstd;     // [rows, step]
   float* weights;  // [rows, query_count, step]
 
-  float* packed_row(int r, int source) const { return packed + (static_cast<int64_t>(r) * call.count + source) * call.width; }
+  float* packed_row(int r, int source) const {
+    return packed + (static_cast<int64_t>(r) * call.count + source) * call.width;
+  }
   float* weights_of(int r, int query) const { return weights + (r * call.query_count + query) * step; }
 
   // NS sources from `from` on, all rows: copied, and their dot products with every query while they are near.
@@ -103,11 +105,13 @@ struct InterBlock {
       int k = 0;
       for (; k + kQ <= call.query_count; k += kQ) {
         for (int j = 0; j < kQ; ++j) queries[j] = call.queries + (k + j) * width;
-        dots<float, NS, kQ, false>(row, k == 0 ? ahead : nullptr, queries, width, nullptr, weights_of(r, k) + from, step);
+        dots<float, NS, kQ, false>(row, k == 0 ? ahead : nullptr, queries, width, nullptr, weights_of(r, k) + from,
+                                   step);
       }
       for (; k < call.query_count; ++k) {
         queries[0] = call.queries + k * width;
-        dots<float, NS, 1, false>(row, k == 0 ? ahead : nullptr, queries, width, nullptr, weights_of(r, k) + from, step);
+        dots<float, NS, 1, false>(row, k == 0 ? ahead : nullptr, queries, width, nullptr, weights_of(r, k) + from,
+                                  step);
       }
     }
   }

@@ -2,8 +2,8 @@
 //
 // Memory is what a read costs, so every source is fetched once, four sources at a time, as long runs of consecutive
 // rows. The softmax is online: the weighted sum of a row is kept in fp32 scratch and rescaled when a later source has a
-// larger logit. Taking all sources of one row together instead would look simpler, but activations of one shape often lie
-// a multiple of 128 KiB apart, where a row of more than eight of them does not fit the ways of a cache.
+// larger logit. Taking all sources of one row together instead would look simpler, but activations of one shape often
+// lie a multiple of 128 KiB apart, where a row of more than eight of them does not fit the ways of a cache.
 #pragma once
 
 #include "kernels.h"
@@ -277,9 +277,15 @@ struct Block {
     int from = 0;
     for (; from + kWave <= plain; from += kWave) wave<kWave>(from);
     switch (plain - from) {
-      case 3: wave<3>(from); break;
-      case 2: wave<2>(from); break;
-      case 1: wave<1>(from); break;
+      case 3:
+        wave<3>(from);
+        break;
+      case 2:
+        wave<2>(from);
+        break;
+      case 1:
+        wave<1>(from);
+        break;
     }
     if (call.delta != nullptr) add_wave();
   }

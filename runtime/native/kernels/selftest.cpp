@@ -19,7 +19,9 @@ struct Values {
   std::vector<double> exact;
 };
 
-double unit_of(Element element) { return element == Element::f32 ? 0x1p-24 : element == Element::f16 ? 0x1p-11 : 0x1p-8; }
+double unit_of(Element element) {
+  return element == Element::f32 ? 0x1p-24 : element == Element::f16 ? 0x1p-11 : 0x1p-8;
+}
 
 float widened(Element element, std::uint16_t bits) {
   if (element == Element::bf16) {
@@ -117,12 +119,14 @@ struct Checker {
     checked += 2;
     if (wanted != found) ++failed, std::printf("%s: 16-bit values are widened wrongly\n", instruction_set);
     bool same = true;
-    for (std::size_t i = 0; i < back.size(); ++i) same = same && (back[i] == patterns[i] || (patterns[i] | back[i]) == 0x8000);
+    for (std::size_t i = 0; i < back.size(); ++i)
+      same = same && (back[i] == patterns[i] || (patterns[i] | back[i]) == 0x8000);
     if (!same) ++failed, std::printf("%s: 16-bit values are not stored as they were read\n", instruction_set);
   }
 
   // Allowed: one rounding to the element type, and fp32 arithmetic over `width` values.
-  void compare(const char* what, const Shape& shape, const std::vector<double>& wanted, const std::vector<double>& found) {
+  void compare(const char* what, const Shape& shape, const std::vector<double>& wanted,
+               const std::vector<double>& found) {
     double largest = 0, worst = 0;
     for (const double value : wanted) largest = std::fmax(largest, std::fabs(value));
     for (std::size_t i = 0; i < wanted.size(); ++i) {
@@ -135,7 +139,8 @@ struct Checker {
     if (worst <= largest * (unit_of(element) + arithmetic) + subnormal) return;
     ++failed;
     std::printf("%s element %d: %s, %d sources, %d rows, width %ld: off by %g of %g\n", instruction_set,
-                static_cast<int>(element), what, shape.count, shape.rows, static_cast<long>(shape.width), worst, largest);
+                static_cast<int>(element), what, shape.count, shape.rows, static_cast<long>(shape.width), worst,
+                largest);
   }
 
   std::vector<double> values(const std::vector<std::uint8_t>& stored, std::size_t count) const {
@@ -180,7 +185,8 @@ struct Checker {
     for (int i = 0; i < shape.count; ++i) sources.push_back(draw(element, size, magnitude));
     const Values delta = draw(element, size, magnitude), known = draw(element, size, magnitude);
     const Values query = draw(Element::f32, width, 2 / std::sqrt(static_cast<double>(width)));
-    const Values gain = draw(Element::f32, width, 1), logit = draw(Element::f32, static_cast<std::size_t>(shape.rows), 1);
+    const Values gain = draw(Element::f32, width, 1),
+                 logit = draw(Element::f32, static_cast<std::size_t>(shape.rows), 1);
     std::vector<const void*> pointers;
     for (const Values& source : sources) pointers.push_back(source.stored.data());
     std::vector<std::uint8_t> out(size * bytes_of(element)), sum(size * bytes_of(element));

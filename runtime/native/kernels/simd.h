@@ -111,9 +111,7 @@ inline U16 narrow_f16(F32 value) {
 
 inline F32 load(const float* from) { return load_raw<F32>(from); }
 inline F32 load(const f16* from) { return widen_f16(load_raw<U16>(from)); }
-inline F32 load(const bf16* from) {
-  return bits<F32>(__builtin_convertvector(load_raw<U16>(from), U32) << 16);
-}
+inline F32 load(const bf16* from) { return bits<F32>(__builtin_convertvector(load_raw<U16>(from), U32) << 16); }
 
 inline void store(float* to, F32 value) { memcpy(to, &value, sizeof value); }
 inline void store(f16* to, F32 value) {

@@ -36,7 +36,8 @@ struct Job {
 };
 
 template <class Call>
-OrtStatus* run_rows(const OrtApi& api, OrtKernelContext* context, Job<Call>& job, std::int64_t values_a_row, int block) {
+OrtStatus* run_rows(const OrtApi& api, OrtKernelContext* context, Job<Call>& job, std::int64_t values_a_row,
+                    int block) {
   job.step = job.rows;
   if (job.rows * values_a_row > kAlone) {
     job.step = (kTask / (values_a_row * block) + 1) * block;

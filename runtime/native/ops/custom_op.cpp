@@ -34,7 +34,9 @@ std::size_t formal_inputs(const OpSpec& spec) {
   return static_cast<std::size_t>(spec.inputs() > fixed ? fixed + 1 : fixed);
 }
 
-bool is_variadic(const OpSpec& spec, std::size_t index) { return index == static_cast<std::size_t>(spec.first_source()); }
+bool is_variadic(const OpSpec& spec, std::size_t index) {
+  return index == static_cast<std::size_t>(spec.first_source());
+}
 
 // `out` may take the memory of the last source, `sum` that of `delta`: where ONNX Runtime finds that nothing else
 // reads those, a read writes no new memory. The callback is not told its operator, so there is one for each position.

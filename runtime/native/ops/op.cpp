@@ -14,18 +14,12 @@ struct Kind {
 };
 
 constexpr Kind kKinds[] = {
-    {"Read", {Family::read, false, false, false, 0}},
-    {"ReadNorm", {Family::read, false, false, true, 0}},
-    {"AddRead", {Family::read, true, false, false, 0}},
-    {"AddReadNorm", {Family::read, true, false, true, 0}},
-    {"UnitRead", {Family::read, false, true, false, 0}},
-    {"UnitReadNorm", {Family::read, false, true, true, 0}},
-    {"AddUnitRead", {Family::read, true, true, false, 0}},
-    {"AddUnitReadNorm", {Family::read, true, true, true, 0}},
-    {"Inter", {Family::inter, false, false, false, 0}},
-    {"Merge", {Family::merge, false, false, false, 0}},
-    {"MergeNorm", {Family::merge, false, false, true, 0}},
-    {"AddMerge", {Family::merge, true, false, false, 0}},
+    {"Read", {Family::read, false, false, false, 0}},        {"ReadNorm", {Family::read, false, false, true, 0}},
+    {"AddRead", {Family::read, true, false, false, 0}},      {"AddReadNorm", {Family::read, true, false, true, 0}},
+    {"UnitRead", {Family::read, false, true, false, 0}},     {"UnitReadNorm", {Family::read, false, true, true, 0}},
+    {"AddUnitRead", {Family::read, true, true, false, 0}},   {"AddUnitReadNorm", {Family::read, true, true, true, 0}},
+    {"Inter", {Family::inter, false, false, false, 0}},      {"Merge", {Family::merge, false, false, false, 0}},
+    {"MergeNorm", {Family::merge, false, false, true, 0}},   {"AddMerge", {Family::merge, true, false, false, 0}},
     {"AddMergeNorm", {Family::merge, true, false, true, 0}},
 };
 constexpr std::string_view kPrefix = "AttnRes";

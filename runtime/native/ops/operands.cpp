@@ -13,11 +13,16 @@ constexpr std::int64_t kMaxQueries = 4096;
 
 const char* type_name(ONNXTensorElementDataType type) {
   switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return "bfloat16";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE: return "double";
-    default: return "of another type";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return "float";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return "float16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return "bfloat16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
+      return "double";
+    default:
+      return "of another type";
   }
 }
 
@@ -82,10 +87,14 @@ struct Reader {
 
 std::optional<Element> element_of(ONNXTensorElementDataType type) {
   switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return Element::f32;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return Element::f16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return Element::bf16;
-    default: return std::nullopt;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return Element::f32;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return Element::f16;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return Element::bf16;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -118,8 +127,9 @@ OrtStatus* fetch_operands(const OrtApi& api, const OpSpec& spec, const Attribute
 
   if (merge) {
     if (attributes.index < 0 || attributes.index >= first.shape[0]) {
-      return refuse(api, spec, "attribute 'index' is " + std::to_string(attributes.index) + ", and input 'inter_out' is " +
-                                   describe(first) + ": no such row");
+      return refuse(api, spec,
+                    "attribute 'index' is " + std::to_string(attributes.index) + ", and input 'inter_out' is " +
+                        describe(first) + ": no such row");
     }
     DEPTHWIRE_TRY(reader.fetch(spec.inter_lse(), operands.mixed_logit));
     const Tensor& lse = operands.mixed_logit;

@@ -7,8 +7,8 @@
 
 #include "op.h"
 
-#define DEPTHWIRE_TRY(expression)                                  \
-  do {                                                             \
+#define DEPTHWIRE_TRY(expression)                                           \
+  do {                                                                      \
     if (OrtStatus* failed = (expression); failed != nullptr) return failed; \
   } while (false)
 

@@ -238,7 +238,10 @@ def _same(a: Logits, b: Logits) -> bool:
 
 def _is_read(term: Term) -> bool:
     mix = term.mix
-    return mix is not None and last_bias(mix.logits) is not None
+    if mix is None or last_bias(mix.logits) is None:
+        return False
+    others = [atom for dim in term.dims for atom in dim if not isinstance(atom.axis, int)]
+    return len({atom.axis for atom in others}) == len(others) and all(atom.inner == 1 for atom in others)
 
 
 _SOFTMAX = (

@@ -128,6 +128,9 @@ def attention(context: Context, given: Given) -> list[Value]:
     query, key, values = (given(each) for each in node.args[:3])
     if query is None or values is None or not isinstance(key, (Term, Tainted)) or len(key.dims) < 2:
         return []
+    one = isinstance(key, Term) and over_depth(key, key.dims[-2])
+    if not one and not has_axis([key.dims[-2]], DEPTH):
+        return []  # attention over something else
     found = _attended(context, query, key, values)
     if isinstance(found, Term):
         return [found]
@@ -141,7 +144,7 @@ def _attended(context: Context, query: Operand, key: Value, values: Operand) -> 
     if isinstance(key, Tainted):
         return key.reason
     if not over_depth(key, key.dims[-2]):
-        return "joint-softmax" if has_axis([key.dims[-2]], DEPTH) else "unsupported"
+        return "joint-softmax"
     if argument(node, 3, "attn_mask") is not None or any(argument(node, *each) for each in _RESTRICTIONS):
         return "masked"
     ranks = [_rank(each) for each in node.args[:3]]

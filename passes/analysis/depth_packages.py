@@ -156,9 +156,10 @@ def _phase_2(context: Context, given: dict[str, Any], alternatives: Lookup) -> R
     ]
     totals = [t for t in alternatives(given["interblock_lse"]) if isinstance(t, Term)]
     for mixed in mixes:
-        logits, total = mixed.mix.logits if mixed.mix else None, next((t.only(LogSum) for t in totals), None)
-        if logits is None or total is None or total.logits != logits or totals[0].fixed != mixed.fixed:
+        mix = mixed.mix
+        if mix is None or mix.unit or not any(_is_total(total, mix.logits, mixed) for total in totals):
             continue
+        logits = mix.logits
         if logits.eps != given["eps"] or not _is_row(context, logits, mixed, given["pseudo_query"]):
             continue
         for partial in [*alternatives(given["intrablock_partial_sum"]), root(context, given["intrablock_partial_sum"])]:
@@ -176,6 +177,14 @@ def _phase_2(context: Context, given: dict[str, Any], alternatives: Lookup) -> R
             if merged is not None:
                 return [[_read(merged, mixed.dims)]]
     return []
+
+
+def _is_total(total: Term, logits: Logits, mixed: Term) -> bool:
+    """Tell whether a term is the logarithm of the sum of the exponentials of a mix, unscaled and unshifted."""
+    found = total.only(LogSum)
+    plain = logits.scale == 1.0 and logits.bias is None and logits.shift is None and len(logits.query) == 1
+    fits = total.fixed == mixed.fixed and total.dims == mixed.dims[:-1]
+    return found is not None and found.logits == logits and plain and fits
 
 
 def _is_row(context: Context, logits: Logits, mixed: Term, query: torch.fx.Node) -> bool:

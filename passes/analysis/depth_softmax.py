@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from depthwire.passes.analysis.depth_axes import DEPTH, Dim, Dims, has_axis
+from depthwire.passes.analysis.depth_axes import DEPTH, Dim, Dims, fused, has_axis
 from depthwire.passes.analysis.depth_values import (
     Const,
     Dot,
@@ -62,6 +62,9 @@ def per_query(context: Context, const: Const, axis: int) -> Const | None:
     def belongs(dim: Dim) -> bool:
         return all(atom.axis == axis or not (isinstance(atom.axis, int) or atom.axis == DEPTH) for atom in dim)
 
+    features = fused(atom for dim in const.dims for atom in dim if atom.axis == axis)
+    if len(features) > 1 or any(atom.inner != 1 for atom in features):
+        return None  # features cut into heads, in another order
     if all(belongs(dim) for dim in const.dims):
         return const
     tensor = context.constants.tensor(const.node)

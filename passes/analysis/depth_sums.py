@@ -67,7 +67,7 @@ def plus(context: Context, left: Value, right: Value, sign: float, dims: Dims) -
         return replace(mixed, dims=dims)
     total = right.only(LogSum)
     if total is not None and sign == -1.0 and left.bank is not None:
-        log = minus_log_sum(context, left, total)
+        log = minus_log_sum(context, left, total) if _fits(right.dims, dims) else None
         return None if log is None else replace(log, dims=dims)
     if left.find(Dot) is None and right.find(Dot) is not None and sign == 1.0:
         left, right = right, left
@@ -78,6 +78,11 @@ def plus(context: Context, left: Value, right: Value, sign: float, dims: Dims) -
         return context.taint(dims, "bias-depends-on-input")
     centred = left.power == 1 and right.find(Dot) is not None and sign == -1.0
     return context.taint(dims, "layer-norm-keys" if centred else "unsupported")
+
+
+def _fits(dims: Dims, wide: Dims) -> bool:
+    """Tell whether a term that is broadcast runs over the same axes as the other."""
+    return all(not dim or dim == other for dim, other in zip(reversed(dims), reversed(wide), strict=False))
 
 
 def _mixes(left: Term, right: Term) -> Term | None:

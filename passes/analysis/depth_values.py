@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from depthwire.passes.analysis.depth_axes import DEPTH, Dims, has_axis
+from depthwire.passes.analysis.depth_axes import DEPTH, Dim, Dims, has_axis, whole
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -125,6 +125,10 @@ class Logits:
     bias: tuple[float, ...] | None = None
     shift: Hashable = None
     fixed: frozenset[tuple[Hashable, int]] = frozenset()
+
+
+def _features(logits: Logits) -> Dim:
+    return whole(logits.axis, logits.bank.shape[logits.axis])
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +257,7 @@ class Term:
             if factor is found:
                 if exponent != 1.0:
                     return None
-            elif not isinstance(factor, Const) or any(a.axis != found.logits.axis for d in factor.dims for a in d):
+            elif not isinstance(factor, Const) or [dim for dim in factor.dims if dim] != [_features(found.logits)]:
                 return None
         return found
 

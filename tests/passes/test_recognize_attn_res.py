@@ -227,6 +227,38 @@ def test_ordinary_transformers_have_nothing_to_recognise(spec: Spec) -> None:
     assert result.declines == ()
 
 
+class Interleaved(nn.Module):
+    """Keys stacked from halves (rotary embeddings do so) under ordinary attention over the sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = torch.stack([x[..., ::2].cos(), x[..., 1::2].sin()], -1)
+        keys = halves.flatten(-2)
+        return nn.functional.scaled_dot_product_attention(x, keys, keys)
+
+
+def test_stacks_of_other_things_are_not_mentioned() -> None:
+    result = STEP.run(canonical(Interleaved(), spellings.example()))
+    assert (result.rewrites, result.declines) == (0, ())
+
+
+class Transposed(nn.Module):
+    """``exp(s - log Σ exp(s))`` where the sum belongs to another token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = spellings.Read(Spelling())
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = torch.stack([x, x.sin(), x.cos()])
+        logits = self.read.logits(v, 0)
+        weights = torch.exp(logits - logits.logsumexp(0).mT)
+        return (weights.unsqueeze(-1) * v).sum(0)
+
+
+def test_a_sum_of_other_tokens_is_no_softmax() -> None:
+    assert STEP.run(canonical(Transposed().double(), spellings.example(batch=3, length=3))).rewrites == 0
+
+
 def test_a_model_with_native_reads_is_not_lifted() -> None:
     program = STEP.run(canonical(kimi_k3.build(), paper.example())).program
     with pytest.raises(PassError) as caught:

@@ -37,7 +37,7 @@ def joined(context: Context, alternatives: Callable[[object], Alternatives]) -> 
             continue  # a bank that starts empty
         if value(each).dim() != (rank - 1 if new else rank):
             return []
-        if each in context.constants and not context.constants.is_blank(each):
+        if each in context.constants:
             operands.append([depth_layout.root(context, each)])
         else:
             operands.append(alternatives(each))

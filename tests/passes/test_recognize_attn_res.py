@@ -14,7 +14,7 @@ from depthwire.passes._pipeline import Pipeline
 from depthwire.passes.lift_attn_res import LiftAttnRes
 from depthwire.passes.recognize_attn_res import REASONS, RecognizeAttnRes
 from depthwire.passes.standard import canonical_pipeline, standard_pipeline
-from tests.passes.native_attn_res import inkling2, kimi_k3, packages, paper, refused, sana_video2, spellings
+from tests.passes.native_attn_res import inkling2, kimi_k3, packages, paper, refused, sana_video2, spellings, variants
 from tests.passes.native_attn_res.capture import canonical, reads_of, stacks_of
 from tests.passes.native_attn_res.spellings import Spelling
 from tests.passes.parity import apply, assert_parity, check_golden, error, named, run, sabotaged, sources_of
@@ -139,6 +139,15 @@ def test_a_zero_query_is_an_ordinary_read() -> None:
 def test_reads_with_one_query_share_the_parameter() -> None:
     after = apply(STEP, canonical(sana_video2.build(), paper.example())).program
     assert len({node.args[0] for node in reads_of(after)}) == 3
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS, ids=lambda variant: variant.__name__)
+def test_reads_with_something_special(variant: variants.Variant) -> None:
+    result = apply(STEP, canonical(variants.build(variant), spellings.example()))
+    assert result.rewrites == variants.VARIANTS[variant]
+    assert result.declines == ()
+    # Reads whose results the model wants stacked are stacked again; no source is.
+    assert len(stacks_of(result.program)) == (variants.VARIANTS[variant] > 1)
 
 
 def test_sizes_that_coincide_are_told_apart() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from depthwire._flow import Model
-    from depthwire.artifact import Artifact, EngineInfo
+    from depthwire.artifact import Artifact, EngineInfo, KernelsInfo
     from depthwire.program import Program
     from depthwire.recipe import Recipe
     from depthwire.runtime.doctor import Finding
@@ -43,6 +43,7 @@ __all__ = [
     "explain",
     "export",
     "inspect",
+    "kernels",
     "plan",
     "rewrite",
     "targets",
@@ -337,6 +338,32 @@ def build(
         "check_memory": check_memory,
     }
     return _build.build(Path(directory), options, stages or Stages())
+
+
+def kernels(
+    directory: str | Path,
+    *,
+    compute_capabilities: Sequence[str],
+    stages: Stages | None = None,
+) -> KernelsInfo:
+    """Compile GPU kernels for the depth-attention operators of an artefact and list them in the manifest.
+
+    They lie in ``kernels/`` of the artefact, which is replaced as a whole. ONNX Runtime's CUDA provider runs them in
+    place of the function bodies (``docs/triton.md``).
+
+    Args:
+        directory: The artefact; every hash is checked first.
+        compute_capabilities: GPUs to compile for, such as ``SM87``.
+        stages: See the module's text.
+
+    Raises:
+        UsageError: No compute capability, an unknown one, or the artefact has no depth-attention operators.
+        ExportError: The artefact is damaged.
+        BuildError: triton is not installed, or cannot compile a kernel.
+    """
+    from depthwire import _kernels
+
+    return _kernels.kernels(Path(directory), list(compute_capabilities), stages or Stages())
 
 
 def targets() -> list[Target]:

@@ -8,6 +8,7 @@
       manifest.json                   this module's ``Manifest``; names and hashes every other file
       report.json  report.html        stages, parity, engine facts
       verify/…  engine/<target>/…     written by ``verify`` and ``build``
+      kernels/…                       GPU kernels of the depth-attention operators, written by ``kernels``
 
 Reading checks every hash and says which file differs. Paths inside are relative and may not leave the directory.
 """
@@ -30,6 +31,7 @@ MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 GOLDENS = "goldens.safetensors"
 REPORT = "report.json"
+KERNELS = "kernels"
 
 
 class _Strict(BaseModel):
@@ -114,6 +116,28 @@ class EngineInfo(_Strict):
     notes: list[str] = Field(default_factory=list)
 
 
+class KernelsInfo(_Strict):
+    """Facts of the compiled GPU kernels in ``kernels/``.
+
+    Attributes:
+        compiler: What compiled them.
+        version: Its version.
+        compute_capabilities: Of the GPUs that they were compiled for, as ``SM87``.
+        kernels: Different kernels; one serves all operators with the same name, width, dtypes and attributes.
+        bytes: Of all cubins.
+        seconds: Wall time of the compilation; little where the compiler had them in its cache.
+        notes: What was not tried.
+    """
+
+    compiler: str
+    version: str
+    compute_capabilities: list[str]
+    kernels: int
+    bytes: int
+    seconds: float
+    notes: list[str] = Field(default_factory=list)
+
+
 class Manifest(_Strict):
     """Everything a reader needs to trust, rebuild or refuse the artefact."""
 
@@ -134,6 +158,7 @@ class Manifest(_Strict):
     tools: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileEntry] = Field(default_factory=dict)
     engines: dict[str, EngineInfo] = Field(default_factory=dict)
+    kernels: KernelsInfo | None = None
 
 
 def sha256_file(path: Path) -> str:

@@ -66,6 +66,7 @@ def make_report(
         "passes": [info.model_dump(mode="json") for info in manifest.passes],
         "verify": verify,
         "engines": {name: info.model_dump(mode="json") for name, info in manifest.engines.items()},
+        "kernels": None if manifest.kernels is None else manifest.kernels.model_dump(mode="json"),
         "custom_ops": {name: op.model_dump(mode="json") for name, op in manifest.custom_ops.items()},
         "opsets": manifest.opsets,
         "tools": manifest.tools,

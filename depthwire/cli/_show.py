@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from depthwire._results import Inspection, Plan, Result
-    from depthwire.artifact import CustomOp, EngineInfo, Manifest
+    from depthwire.artifact import CustomOp, EngineInfo, KernelsInfo, Manifest
     from depthwire.runtime.doctor import Finding
     from depthwire.runtime.target import Target
     from depthwire.runtime.verify_report import VerifyReport
@@ -130,6 +130,21 @@ def show_engine(engine: EngineInfo) -> Table:
     )
 
 
+def show_kernels(kernels: KernelsInfo) -> Table:
+    """Return the facts of the compiled GPU kernels."""
+    return pairs_table(
+        [
+            ("compiler", f"{kernels.compiler} {kernels.version}"),
+            ("compute capabilities", ", ".join(kernels.compute_capabilities)),
+            ("kernels", kernels.kernels),
+            ("size", megabytes(kernels.bytes)),
+            ("compilation", f"{kernels.seconds:.1f} s"),
+            ("notes", "; ".join(kernels.notes)),
+        ],
+        "GPU kernels",
+    )
+
+
 def _custom(name: str, op: CustomOp) -> str:
     return f"{name} {op.count} ({'with' if op.body else 'WITHOUT'} a function body)"
 
@@ -184,6 +199,8 @@ def show_manifest(manifest: Manifest) -> Iterator[RenderableType]:
     yield rows_table(files, ("file", "size", "sha256 (all checked)"), "files")
     for engine in manifest.engines.values():
         yield show_engine(engine)
+    if manifest.kernels is not None:
+        yield show_kernels(manifest.kernels)
 
 
 def show_plan(plan: Plan) -> Iterator[RenderableType]:

@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import tempfile
 from dataclasses import astuple, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,7 @@ from depthwire.runtime.triton.compile import compile_kernel
 from depthwire.runtime.triton.spec import KernelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from onnx import ModelProto, NodeProto
 
@@ -73,13 +74,22 @@ def kernels_of(model: Path) -> list[KernelSpec]:
     return list({spec.key: spec for node in nodes for spec in [_spec(node, types)]}.values())
 
 
-def write_bundle(specs: Iterable[KernelSpec], capabilities: Sequence[str], folder: Path) -> list[Entry]:
+def write_bundle(
+    specs: Sequence[KernelSpec],
+    capabilities: Sequence[str],
+    folder: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    replacing: Callable[[], None] | None = None,
+) -> list[Entry]:
     """Compile kernels and write them to a folder, which appears only when it is whole.
 
     Args:
         specs: The operators.
         capabilities: Compute capabilities to compile each for, in any usual spelling.
         folder: Where to; replaced if it holds an earlier bundle.
+        progress: Called after each cubin with the number of those done and of all.
+        replacing: Called when all are compiled, before the folder changes.
 
     Raises:
         BuildError: As ``compile_kernel``; ``triton.not-a-bundle`` if the folder exists and holds something else.
@@ -91,9 +101,15 @@ def write_bundle(specs: Iterable[KernelSpec], capabilities: Sequence[str], folde
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         fresh = Path(temporary) / "kernels"
         fresh.mkdir()
-        entries = [_write(fresh, spec, capability) for spec in specs for capability in capabilities]
+        entries: list[Entry] = []
+        for spec, capability in product(specs, capabilities):
+            entries.append(_write(fresh, spec, capability))
+            if progress is not None:
+                progress(len(entries), len(specs) * len(capabilities))
         lines = [HEADER, *("\t".join(map(str, astuple(entry))) for entry in entries)]
         (fresh / INDEX).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if replacing is not None:
+            replacing()
         if folder.exists():
             shutil.rmtree(folder)
         fresh.rename(folder)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from depthwire.runtime.triton.spec import KernelSpec
 
 CAPABILITIES: Final = ("SM75", "SM80", "SM86", "SM87", "SM89", "SM90", "SM100", "SM110", "SM120")
-"""Compute capabilities that kernels are compiled and examined for; triton knows more, such as SM103 and SM121."""
+"""Compute capabilities that kernels are compiled and examined for."""
+
+KNOWN: Final = tuple(sorted((*CAPABILITIES, "SM103", "SM121"), key=lambda name: int(name[2:])))
+"""All that can be compiled for. One that LLVM does not know ends the whole process: it must never come that far."""
 
 HIDDEN_PARAMETERS: Final = 2
 """Pointers that triton appends to the parameters: global and profile scratch. These kernels use neither: pass null."""
@@ -72,21 +75,13 @@ def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
         capability: Compute capability in any usual spelling (``SM87``, ``8.7``).
 
     Raises:
-        UsageError: ``target.bad-compute-capability``; ``triton.compute-capability`` below 7.5.
+        UsageError: As ``capability_of``.
         BuildError: ``triton.missing``, ``triton.compile-failed``, or ``triton.parameters`` if the kernel's parameters
             are not the node's inputs and outputs.
     """
-    capability = parse_compute_capability(capability)
+    capability = capability_of(capability)
     architecture = int(capability[2:])
-    if architecture < 75:
-        raise UsageError(
-            "triton.compute-capability",
-            "The kernels cannot be compiled for this GPU",
-            at="compute capability",
-            want="7.5 (Turing) or later",
-            got=capability,
-            todo="Run the function bodies there: leave the kernels out.",
-        )
+    require_triton()
     for limit in _register_limits(spec):
         compiled = _triton_compile(spec, architecture, limit)
         ptx, cubin = str(compiled.asm["ptx"]), bytes(compiled.asm["cubin"])
@@ -120,11 +115,36 @@ def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
     )
 
 
-def _triton_compile(spec: KernelSpec, architecture: int, limit: int | None) -> Any:
+def capability_of(text: str) -> str:
+    """Return a compute capability as ``SM87`` if kernels can be compiled for it.
+
+    Args:
+        text: Any usual spelling (``SM87``, ``8.7``).
+
+    Raises:
+        UsageError: ``target.bad-compute-capability``; ``triton.compute-capability`` for one that is not in ``KNOWN``.
+    """
+    capability = parse_compute_capability(text)
+    if capability not in KNOWN:
+        raise UsageError(
+            "triton.compute-capability",
+            "The kernels cannot be compiled for this GPU",
+            at="compute capability",
+            want=f"one of {', '.join(KNOWN)}",
+            got=capability if capability == text else f"{capability} (written {text!r})",
+            todo="Run the function bodies there: leave the kernels out.",
+        )
+    return capability
+
+
+def require_triton() -> str:
+    """Return the version of triton.
+
+    Raises:
+        BuildError: ``triton.missing``.
+    """
     try:
         import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
     except ImportError as error:
         raise BuildError(
             "triton.missing",
@@ -134,6 +154,14 @@ def _triton_compile(spec: KernelSpec, architecture: int, limit: int | None) -> A
             got=str(error),
             todo="pip install 'depthwire[triton]'",
         ) from error
+    return str(triton.__version__)
+
+
+def _triton_compile(spec: KernelSpec, architecture: int, limit: int | None) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     kernel = kernel_of(spec)
     pointers: dict[str, Any] = {name: f"*{TRITON_DTYPE[spec.dtype_of(name)]}" for name in (*spec.inputs, *spec.outputs)}
     arguments = arguments_of(spec, pointers, absent="constexpr")

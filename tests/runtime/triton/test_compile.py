@@ -104,7 +104,10 @@ def test_parameters_that_are_not_the_nodes_are_refused(monkeypatch: pytest.Monke
         compile_kernel(KernelSpec("AttnResRead_2", 64, "float16", eps=1e-6), "SM87")
 
 
-@pytest.mark.parametrize(("capability", "code"), [("SM70", "triton.compute-capability"), ("x", "target.bad-compute")])
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [("SM70", "triton.compute-capability"), ("SM99", "triton.compute-capability"), ("x", "target.bad-compute")],
+)
 def test_what_cannot_be_compiled_for_is_refused(capability: str, code: str) -> None:
     with pytest.raises(UsageError, match=code):
         compile_kernel(KernelSpec("AttnResRead_2", 64, "float16"), capability)

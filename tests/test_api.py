@@ -131,7 +131,7 @@ def test_a_program_is_handed_from_verb_to_verb(tmp_path: Path) -> None:
 
     program = depthwire.capture(tiny_llama(), seq_len=8)
     lifted = depthwire.rewrite(program, attn_res="block:2")
-    assert [record.name for record in lifted.history][-1] == "lift_attn_res"
+    assert next(record for record in lifted.history if record.name == "lift_attn_res").rewrites > 0
     assert depthwire.plan(program, attn_res="full").target["name"] == "ort-cpu"
     artifact = depthwire.export(lifted, tmp_path / "out", target="ort-cuda")
     assert artifact.manifest.custom_ops

@@ -56,7 +56,8 @@ def test_the_artifact_loads_and_runs(tmp_path: Path) -> None:
     assert {point.role for point in manifest.checkpoints} == {"norm", "write"}
     assert [point.layer for point in manifest.checkpoints] == sorted(point.layer for point in manifest.checkpoints)
     assert manifest.checkpoints[0].module == "layers.0.attention_norm"
-    assert [info.name for info in manifest.passes][-2:] == ["lift_attn_res", "legalize_attention"]
+    names = [info.name for info in manifest.passes]
+    assert names.index("lift_attn_res") < names.index("legalize_attention") == len(names) - 1
     session = onnxruntime.InferenceSession(str(artifact.model), providers=["CPUExecutionProvider"])
     assert session.run(None, {"input_ids": np.zeros((2, 12), np.int64)})[0].shape == (2, 12, 61)
 

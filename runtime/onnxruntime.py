@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from depthwire.artifact import KERNELS
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime import native
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from depthwire.artifact import Artifact
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 
 COPY_LIMIT = 2 << 30
 """Bytes of weights beyond which the weights stay memory-mapped unless the caller says otherwise."""
@@ -25,6 +28,41 @@ COPY_LIMIT = 2 << 30
 _ERRORS_ONLY = 3
 _NO_PREPACKING = "session.disable_prepacking"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """What gives a session the kernels of depth-attention operators.
+
+    Attributes:
+        library: To register, after the entries are set.
+        entries: Session configuration entries.
+    """
+
+    library: str
+    entries: dict[str, str]
+
+    def apply(self, options: ort.SessionOptions) -> None:
+        """Add them to the options of a session.
+
+        Raises:
+            BuildError: ONNX Runtime cannot load the library, or the library cannot read the cubins
+                (``runtime.kernels-refused``).
+        """
+        for name, value in self.entries.items():
+            options.add_session_config_entry(name, value)
+        try:
+            options.register_custom_ops_library(self.library)
+        except Exception as error:
+            raise BuildError(
+                "runtime.kernels-refused",
+                "The library of kernels cannot be registered",
+                at=self.library,
+                want="kernels for the depth-attention operators",
+                got=str(error),
+                todo="Write the cubins again with 'depthwire kernels' if they are named; else build the library again "
+                f"with '{native.BUILD_COMMAND}'.",
+            ) from error
 
 
 def session_from_artifact(
@@ -47,13 +85,13 @@ def session_from_artifact(
             it saves 700 MB and costs a tenth of the speed. ``None`` does so beyond ``COPY_LIMIT``.
         extra_outputs: Values inside the graph to return as further outputs, in this order after the graph's own.
         kernels: Run depth-attention operators by the library of kernels (``docs/native.md``) instead of the function
-            bodies in the file. ``None`` does so where the library is built and the provider is the CPU.
+            bodies in the file. ``None`` does so where there are any: for the CPU the library, for the CUDA provider the
+            library and the cubins that ``depthwire kernels`` wrote.
 
     Raises:
         UsageError: An extra output is not a value of the graph (``runtime.no-such-value``).
         BuildError: A provider is not there (``runtime.no-provider``), ONNX Runtime refuses the model
-            (``runtime.session``), or the kernels are not built (``runtime.no-kernels``) or not of this version
-            (``runtime.stale-kernels``).
+            (``runtime.session``), its kernels (``runtime.kernels-refused``), or as ``kernel_options``.
     """
     import onnxruntime
 
@@ -61,10 +99,9 @@ def session_from_artifact(
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads or _usable_cpus()
     options.inter_op_num_threads = 1
-    library = _library(artifact, providers, kernels=kernels)
-    if library is not None:
-        options.add_session_config_entry(native.OPS_ENTRY, native.ops_entry(artifact.manifest.custom_ops))
-        options.register_custom_ops_library(library)
+    chosen = kernel_options(artifact, providers, kernels=kernels)
+    if chosen is not None:
+        chosen.apply(options)
     mapped = artifact.manifest.weight_bytes > COPY_LIMIT if map_weights is None else map_weights
     if mapped:
         options.add_session_config_entry(_NO_PREPACKING, "1")
@@ -97,6 +134,41 @@ def session_from_artifact(
     return session
 
 
+def kernel_options(
+    artifact: Artifact, providers: Sequence[str], *, kernels: bool | None = None
+) -> KernelOptions | None:
+    """Return what gives a session over an artefact its kernels, or ``None`` where function bodies run.
+
+    A kernel for the CPU wins over a function body on every provider, and each read would then copy its sources to the
+    host. So a session on the CUDA provider gets kernels only where they are the CUDA provider's own. Cubins that do not
+    fit its GPU are refused by the library when the operator runs. No GPU is needed to ask.
+
+    Args:
+        artifact: The artefact.
+        providers: Execution providers of the session.
+        kernels: ``True`` to insist on them, ``False`` for function bodies, ``None`` for kernels where there are any.
+
+    Raises:
+        BuildError: Kernels are insisted on and not there (``runtime.no-kernels``), or the library is not of this
+            version (``runtime.stale-kernels``).
+    """
+    ops = native.ops_entry(artifact.manifest.custom_ops)
+    if kernels is False or (kernels is None and (not ops or not {CPU, CUDA}.issuperset(providers))):
+        return None
+    library = native.custom_ops_library() if kernels else native.library_path()
+    if library is None or not ops:
+        return None
+    if CUDA not in providers:
+        return KernelOptions(str(library), {native.OPS_ENTRY: ops})
+    lack = _lack_on_cuda(artifact)
+    if lack is None:
+        folder = str(artifact.path(KERNELS).resolve())
+        return KernelOptions(str(library), {native.OPS_ENTRY: ops, native.KERNELS_ENTRY: folder})
+    if kernels:
+        raise lack
+    return None
+
+
 def reads_run_by(artifact: Artifact, *, kernels: bool | None = None) -> str | None:
     """Return what runs the depth-attention operators of an artefact on the CPU.
 
@@ -106,7 +178,7 @@ def reads_run_by(artifact: Artifact, *, kernels: bool | None = None) -> str | No
         return None
     return (
         "function bodies"
-        if _library(artifact, (CPU,), kernels=kernels) is None
+        if kernel_options(artifact, (CPU,), kernels=kernels) is None
         else f"{native.instruction_set()} kernels"
     )
 
@@ -137,12 +209,24 @@ def value_names(artifact: Artifact) -> frozenset[str]:
     return _computed(_load(artifact))
 
 
-def _library(artifact: Artifact, providers: Sequence[str], *, kernels: bool | None) -> str | None:
-    # A kernel for the CPU wins over a body on every provider, and then each read copies its sources to the host.
-    if kernels is False or (kernels is None and tuple(providers) != (CPU,)):
+def _lack_on_cuda(artifact: Artifact) -> BuildError | None:
+    """Return what keeps kernels from a session on the CUDA provider, as the error where they were insisted on."""
+    if artifact.manifest.kernels is None:
+        at, got = str(artifact.root), f"no folder {KERNELS}"
+        todo = f"Compile them: depthwire kernels {artifact.root} --cc SM87 (your GPU's compute capability)."
+    elif not native.has_cuda_kernels():
+        at, got = str(native.library_path()), "a library that was built without cuda.h"
+        todo = f"Build it again with '{native.BUILD_COMMAND}' where CUDA's headers are."
+    else:
         return None
-    path = native.custom_ops_library() if kernels else native.library_path()
-    return str(path) if path is not None and native.ops_entry(artifact.manifest.custom_ops) else None
+    return BuildError(
+        "runtime.no-kernels",
+        "There are no kernels for the CUDA provider",
+        at=at,
+        want="cubins in the artefact, and a library that launches them",
+        got=got,
+        todo=f"{todo} Or leave the kernels away: the function bodies in the file compute the same.",
+    )
 
 
 def _load(artifact: Artifact) -> onnx.ModelProto:

@@ -23,6 +23,9 @@ ABI = 1
 OPS_ENTRY = "depthwire.ops"
 """Session configuration entry that names the operators to register; without it the library registers all."""
 
+KERNELS_ENTRY = "depthwire.kernels"
+"""Session configuration entry that names the folder of cubins; with it the CUDA provider gets kernels too."""
+
 BUILD_COMMAND = "make native"
 
 _LIBRARY = Path(__file__).resolve().parent / "lib" / "libdepthwire_ort.so"
@@ -75,6 +78,12 @@ def instruction_set() -> str | None:
     function.restype = ctypes.c_char_p
     name: bytes = function()
     return name.decode()
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the library is there and was built with the CUDA provider's kernels (``cuda.h`` was found)."""
+    path = library_path()
+    return path is not None and hasattr(ctypes.CDLL(str(path)), "DepthwireSelectCubin")
 
 
 def ops_entry(names: Iterable[str]) -> str:

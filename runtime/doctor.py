@@ -32,6 +32,7 @@ _NVIDIA_PROC = Path("/proc/driver/nvidia/version")
 _SMI_REMEDY = "sudo modprobe nvidia && nvidia-smi"
 _RTX_LINE = "pip install 'depthwire[rtx]'"
 _TENSORRT_LINE = "pip install 'depthwire[tensorrt]' --extra-index-url https://pypi.nvidia.com"
+_TRITON_LINE = "pip install 'depthwire[triton]'"
 _HF_LINE = "pip install 'depthwire[hf]'"
 _ONE_ORT_LINE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
@@ -92,6 +93,7 @@ PACKAGES = (
     Package("gguf", "gguf", "reads GGUF files", _HF_LINE, "0.17"),
     Package("tensorrt-rtx", "tensorrt_rtx", "builds engines for target rtx, on any machine", _RTX_LINE, "1.7"),
     Package("tensorrt", "tensorrt", "builds TensorRT engines, on a machine with a GPU", _TENSORRT_LINE, "10.3"),
+    Package("triton", "triton", "compiles GPU kernels of the operators, on Linux", _TRITON_LINE, "3.9"),
 )
 
 

@@ -41,7 +41,8 @@ class Target(BaseModel):
         refused_compute_capabilities: Real GPUs that this target cannot serve, with the reason.
         opset: Version of the ONNX operator set that the graph is exported with.
         attention: ``op`` where the builder takes ONNX ``Attention`` nodes, ``decomposed`` where it must not see one.
-        custom_ops: ``function`` where the builder expands function bodies, ``plugin`` where it wants a plugin.
+        custom_ops: ``function`` where the builder expands function bodies, ``plugin`` where it wants a plugin,
+            ``kernels`` where Depthwire has kernels of its own and function bodies run without them.
         optimization_level: Builder level 0 to 5, or ``None`` for the builder's own default.
         workspace_bytes: Limit of the builder's workspace, or ``None`` for the builder's own default.
         memory: Prediction of the builder's peak memory, or ``None`` where it was never measured.
@@ -60,7 +61,7 @@ class Target(BaseModel):
     refused_compute_capabilities: dict[str, str] = Field(default_factory=dict)
     opset: int = Field(ge=18)
     attention: Literal["op", "decomposed"]
-    custom_ops: Literal["function", "plugin"]
+    custom_ops: Literal["function", "plugin", "kernels"]
     optimization_level: int | None = Field(default=None, ge=0, le=5)
     workspace_bytes: int | None = Field(default=None, gt=0)
     memory: MemoryModel | None = None

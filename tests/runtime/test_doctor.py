@@ -73,6 +73,7 @@ def test_install_lines_of_the_optional_back_ends() -> None:
     remedy = {package.distribution: package.remedy for package in PACKAGES}
     assert remedy["tensorrt-rtx"] == "pip install 'depthwire[rtx]'"
     assert remedy["tensorrt"].startswith("pip install 'depthwire[tensorrt]' --extra-index-url https://pypi.nvidia.com")
+    assert remedy["triton"] == "pip install 'depthwire[triton]'"
     assert remedy["transformers"] == remedy["gguf"] == remedy["accelerate"] == "pip install 'depthwire[hf]'"
 
 
@@ -160,7 +161,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_ranges_are_those_of_pyproject() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for package in PACKAGES:
-        match = re.search(rf'"{re.escape(package.distribution)}>=([\d.]+)(?:,<([\d.]+))?"', text)
+        match = re.search(rf'"{re.escape(package.distribution)}>=([\d.]+)(?:,<([\d.]+))?(?:; [^"]+)?"', text)
         assert match is not None, package.distribution
         assert (match[1], match[2] or "") == (package.minimum, package.below), package.distribution
     assert '"onnxruntime-gpu>=1.24' in text

@@ -53,6 +53,14 @@ def test_rtx_states_what_its_builder_can_take() -> None:
     assert not rtx.confirmed
 
 
+def test_onnxruntime_has_kernels_and_says_what_was_not_run() -> None:
+    cpu, cuda = load_target("ort-cpu"), load_target("ort-cuda")
+    assert cpu.custom_ops == cuda.custom_ops == "kernels"
+    assert any("make native" in note for note in cpu.notes)
+    assert any("depthwire kernels" in note for note in cuda.notes)
+    assert any("not run" in statement and "cubins" in statement for statement in cuda.unconfirmed)
+
+
 def test_rtx_lists_the_compute_capabilities_of_the_installed_builder() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     known = set(trt.ComputeCapability.__members__) - {"NONE", "CURRENT"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnxruntime
 from depthwire.runtime import native
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -38,20 +39,26 @@ def open_session(model: Path, threads: int, *, kernels: bool = False) -> onnxrun
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
-def latencies(
-    sessions: Mapping[str, onnxruntime.InferenceSession], feeds: Mapping[str, NDArray[Any]], runs: int
-) -> dict[str, NDArray[np.float64]]:
-    """Run every session once a round, in an order that turns; return seconds ``[runs]`` by name."""
-    names = list(sessions)
+def timed(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, NDArray[np.float64]]:
+    """Make every call once a round, in an order that turns; return seconds ``[runs]`` by name."""
+    names = list(calls)
     seconds = {name: np.zeros(runs) for name in names}
     for number in range(-WARM_UP, runs):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             started = time.perf_counter()
-            sessions[name].run(None, dict(feeds))
+            calls[name]()
             if number >= 0:
                 seconds[name][number] = time.perf_counter() - started
     return seconds
+
+
+def latencies(
+    sessions: Mapping[str, onnxruntime.InferenceSession], feeds: Mapping[str, NDArray[Any]], runs: int
+) -> dict[str, NDArray[np.float64]]:
+    """Run every session on the same feeds, as ``timed`` does; return seconds ``[runs]`` by name."""
+    calls = {name: partial(session.run, None, dict(feeds)) for name, session in sessions.items()}
+    return timed(calls, runs)
 
 
 def ratio(side: NDArray[np.float64], base: NDArray[np.float64]) -> tuple[float, float]:

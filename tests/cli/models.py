@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def tiny_llama(*, seed: int = 0) -> Any:
-    """Return a randomly initialised Llama of two layers, hidden size 32."""
+def tiny_llama(*, seed: int = 0, layers: int = 2) -> Any:
+    """Return a randomly initialised Llama, hidden size 32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -19,7 +19,7 @@ def tiny_llama(*, seed: int = 0) -> Any:
         vocab_size=97,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

@@ -1,4 +1,9 @@
-// Registers the operators with the CUDA provider's kernels as the CPU provider's, so that a session runs them here.
+// Registers the operators of PROBE_OPS with the CUDA provider's kernels as the CPU provider's, so that a session runs
+// them here.
+#include <cstdlib>
+#include <sstream>
+#include <string>
+
 #include "cuda_backend.h"
 #include "shapes.h"
 #include "status.h"
@@ -16,7 +21,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   backend.compute = depthwire::cuda_backend().compute;
   OrtCustomOpDomain* domain = nullptr;
   DEPTHWIRE_TRY(api->CreateCustomOpDomain("depthwire", &domain));
-  for (const char* name : {"AttnResAddUnitReadNorm_3", "AttnResInter_2", "AttnResAddMergeNorm_2", "AttnResMerge_0"}) {
+  std::istringstream names(std::getenv("PROBE_OPS"));
+  for (std::string name; std::getline(names, name, ',');) {
     DEPTHWIRE_TRY(api->CustomOpDomain_Add(domain, depthwire::custom_op(*depthwire::parse_spec(name), backend)));
   }
   return api->AddCustomOpDomain(options, domain);

@@ -1,8 +1,9 @@
-"""Runs one node with the CUDA provider's kernels on the CPU (cuda_probe.cpp) and prints what came out, as JSON.
+"""Runs a node or an artefact with the CUDA provider's kernels on the CPU (cuda_probe.cpp) and prints the result as JSON.
 
 A process of its own, because the driver is looked for once, where ``LD_LIBRARY_PATH`` of its start says::
 
-    python -m tests.runtime.native.cuda_session LIBRARY FOLDER OP_TYPE WIDTH
+    python -m tests.runtime.native.cuda_session LIBRARY FOLDER_OF_CUBINS OP_TYPE WIDTH
+    python -m tests.runtime.native.cuda_session LIBRARY ARTEFACT
 """
 
 from __future__ import annotations
@@ -82,6 +83,22 @@ def main(library: str, folder: str, op_type: str, width: int) -> dict[str, objec
     return {"first": [float(item.flat[0]) for item in found], "shapes": [list(item.shape) for item in found]}
 
 
+def run_artifact(library: str, folder: str) -> dict[str, object]:
+    """Run a whole artefact on zeros."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("depthwire.kernels", f"{folder}/kernels")
+    try:
+        options.register_custom_ops_library(library)
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
+        session.run(None, {item.name: np.zeros(item.shape, np.int64) for item in session.get_inputs()})
+    except Exception as error:  # noqa: BLE001 - the test reads its text
+        return {"error": str(error)}
+    return {}
+
+
 if __name__ == "__main__":
     onnxruntime.set_default_logger_severity(4)
+    if len(sys.argv) == 3:
+        sys.stdout.write(json.dumps(run_artifact(sys.argv[1], sys.argv[2])))
+        sys.exit()
     sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))

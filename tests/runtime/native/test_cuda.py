@@ -14,12 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+import depthwire
 from depthwire.runtime.native import custom_ops_library
 from depthwire.runtime.triton.bundle import HEADER, INDEX, Entry, write_bundle
+from tests.cli.models import tiny_llama
 from tests.conftest import ROOT
 from tests.runtime.native.cuda_session import INDEX as ROW
 from tests.runtime.native.cuda_session import QUERIES, spec_of
@@ -76,7 +79,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def session(library: Path, folder: Path, op_type: str, *, width: int = 64, **environment: str) -> Any:
     """Run a node in a process of its own."""
     command = [sys.executable, "-m", "tests.runtime.native.cuda_session", str(library), str(folder)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PROBE_OPS": op_type, **environment}
     command += [op_type, str(width)]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -153,6 +156,22 @@ def test_a_damaged_cubin_is_refused_by_the_driver(
     found = session(probe / "probe.so", tmp_path, "AttnResMerge_0", LD_LIBRARY_PATH=str(probe), PROBE_CC="90")
     assert "cannot load" in found["error"]
     assert "refused by the fake driver (200)" in found["error"]
+
+
+@needs_cuda_h
+def test_every_operator_of_an_artefact_is_launched(probe: Path, tmp_path: Path) -> None:
+    """The kernels that Python names after the file are those that the library looks for at run time."""
+    artifact = depthwire.export(tiny_llama(layers=6), tmp_path / "out", attn_res="block:3", seq_len=8)
+    depthwire.kernels(artifact.root, compute_capabilities=["SM89"])
+    graph = onnx.load(str(artifact.model), load_external_data=False).graph
+    nodes = [node.op_type for node in graph.node if node.domain == "depthwire"]
+    assert {name.partition("_")[0] for name in nodes} == {"AttnResReadNorm", "AttnResAddReadNorm"}
+    environment = {"LD_LIBRARY_PATH": str(probe), "PROBE_OPS": ",".join(sorted(set(nodes))), "PROBE_CC": "89"}
+    environment |= {"PROBE_LOG": str(tmp_path / "log"), "PROBE_PARAMETERS": "0", "PROBE_OUTPUTS": "0"}
+    command = [sys.executable, "-m", "tests.runtime.native.cuda_session", str(probe / "probe.so"), str(artifact.root)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "{}"), done.stderr
+    assert len((tmp_path / "log").read_text().splitlines()) == len(nodes)
 
 
 def select(folder: Path, key: str, major: int, minor: int) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Runs a node or an artefact with the CUDA provider's kernels on the CPU (cuda_probe.cpp) and prints the result as JSON.
+"""Runs a node or an artefact with the CUDA provider's kernels on the CPU (cuda_probe.cpp); prints the result as JSON.
 
 A process of its own, because the driver is looked for once, where ``LD_LIBRARY_PATH`` of its start says::
 

@@ -9,12 +9,15 @@ optimisation of ONNX Runtime. Against it, in turn, in one process:
     eager_block, eager_full the eager models by plain ``torch.onnx.export``
 
 Each figure is a ratio of medians over paired rounds, with the upper bound of its 95 % bootstrap interval.
+``export_ratio_*``: seconds of our capture, passes, translation and writing against ``torch.onnx.export`` of the eager
+model with its saving, one run each.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +30,7 @@ import depthwire
 from benchmarks._latency import latencies, open_session, ratio
 from benchmarks._report import report
 from depthwire.models.attn_res import AttnResConfig, AttnResDecoder
+from depthwire.stages import Stages
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,22 +62,24 @@ def residuals(size: str) -> dict[str, str]:
     return {"plain": "plain", "block": f"block-layers:{per_block}", "full": "full"}
 
 
-def export_ours(model: nn.Module, folder: Path, length: int) -> Path:
-    """Convert a model as a user does, without goldens on text and without a verdict."""
+def export_ours(model: nn.Module, folder: Path, length: int) -> float:
+    """Convert a model as a user does; return the seconds, without those of running the original for the goldens."""
     ids = torch.zeros(1, length, dtype=torch.int64)
-    depthwire.export(model, folder, example_inputs={"input_ids": ids})
-    return folder / "model.onnx"
+    stages = Stages()
+    depthwire.export(model, folder, example_inputs={"input_ids": ids}, stages=stages)
+    return sum(float(stage["seconds"]) for stage in stages.as_list() if stage["name"] != "goldens")
 
 
-def export_eager(model: nn.Module, folder: Path, length: int) -> Path:
-    """Export the eager model with torch.onnx alone."""
+def export_eager(model: nn.Module, folder: Path, length: int) -> float:
+    """Export the eager model with torch.onnx alone; return the seconds."""
     folder.mkdir()
+    started = time.perf_counter()
     ids = torch.zeros(1, length, dtype=torch.int64)
     path = folder / "model.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (ids,), str(path), input_names=["input_ids"], dynamo=True, verbose=False)
-    return path
+    return time.perf_counter() - started
 
 
 def measure(size: str, length: int, runs: int, threads: int, *, eager: bool) -> None:
@@ -84,12 +90,16 @@ def measure(size: str, length: int, runs: int, threads: int, *, eager: bool) -> 
         sessions = {}
         for form, residual in residuals(size).items():
             model = decoder(size, residual, length)
-            path = export_ours(model, folder / form, length)
+            path = folder / form / "model.onnx"
+            spent = export_ours(model, path.parent, length)
             sessions[form] = open_session(path, threads, kernels=form != "plain")
             if form != "plain":
                 sessions[f"body_{form}"] = open_session(path, threads)
             if eager and form != "plain":
-                sessions[f"eager_{form}"] = open_session(export_eager(model, folder / f"eager_{form}", length), threads)
+                eager_path = folder / f"eager_{form}" / "model.onnx"
+                spent /= export_eager(model, eager_path.parent, length)
+                report(f"export_ratio_{form}_{suffix}", spent, "ratio", "torch.onnx.export of the eager model", 1)
+                sessions[f"eager_{form}"] = open_session(eager_path, threads)
         ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, length))
         seconds = latencies(sessions, {"input_ids": ids}, runs)
     how = f"plain residuals, {size}, {SIZES[size]['layers']} layers, length {length}, ORT CPU, {threads} threads"

@@ -120,15 +120,12 @@ def _sites(reads: list[_Read]) -> list[Site]:
 
 
 def _note(group: Group, reads: list[_Read]) -> str:
-    first = reads[group.first].node
-    last = reads[group.first + group.size - 1].node
-    names = where(first) if group.size == 1 else f"{where(first)} … {where(last)}"
+    members = reads[group.first : group.first + group.size]
+    names = " … ".join(dict.fromkeys(where(read.node) for read in (members[0], members[-1])))
     kept = "two-phase" if group.pays else "single pass"
     other = f", two-phase {group.two_phase / 1e6:.2f} MB" if group.size > 1 else ""
-    return (
-        f"{names}: {group.size} reads over {group.bank} shared sources: "
-        f"single {group.single / 1e6:.2f} MB{other} -> {kept}"
-    )
+    kind = f"{group.size} reads over {group.bank} shared" if group.size > 1 else f"one read over {group.bank}"
+    return f"{names}: {kind} sources: single {group.single / 1e6:.2f} MB{other} -> {kept}"
 
 
 def _rewrite(reads: list[_Read], edit: GraphEditor) -> None:

@@ -1,8 +1,9 @@
 """What reading the depth by attention costs in ONNX Runtime on the CPU, against the same model with plain residuals.
 
 The reference decoder is built three times with the same sizes: plain, Block (8 blocks) and Full AttnRes, with queries
-far from zero. The plain one is exported by Depthwire (native RMSNormalization and Attention) and run with every
-optimisation of ONNX Runtime. Against it, in turn, in one process:
+far from zero; and the trained small checkpoints against plain models of their sizes. The plain one is exported by
+Depthwire (native RMSNormalization and Attention) and run with every optimisation of ONNX Runtime. Against it, in
+turn, in one process:
 
     block, full             recognised, fused, scheduled; run by the library of kernels
     body_block, body_full   the same files without the library: function bodies
@@ -41,6 +42,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "d576": {"width": 576, "layers": 16, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp_width": 1536},
     "d2048": {"width": 2048, "layers": 4, "heads": 32, "kv_heads": 8, "head_dim": 64, "mlp_width": 5632},
 }
+_DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
+TRAINED = {"trained_block": _DATA / "attn_res_small", "trained_full": _DATA / "attn_res_small_full"}
 
 
 def decoder(size: str, residual: str, length: int) -> AttnResDecoder:
@@ -56,10 +59,15 @@ def decoder(size: str, residual: str, length: int) -> AttnResDecoder:
     return model
 
 
-def residuals(size: str) -> dict[str, str]:
-    """Return the three forms; Block has eight blocks, or one a layer."""
+def forms(size: str, length: int) -> dict[str, AttnResDecoder]:
+    """Return the models of one size: plain, and what is compared with it. Block has eight blocks, or one a layer."""
+    if size in TRAINED:
+        model = AttnResDecoder.load(TRAINED[size]).float()
+        plain = AttnResDecoder(replace(model.config, residual="plain")).eval()
+        return {"plain": plain, size.removeprefix("trained_"): model}
     per_block = max(1, SIZES[size]["layers"] // 8)
-    return {"plain": "plain", "block": f"block-layers:{per_block}", "full": "full"}
+    residuals = {"plain": "plain", "block": f"block-layers:{per_block}", "full": "full"}
+    return {form: decoder(size, residual, length) for form, residual in residuals.items()}
 
 
 def export_ours(model: nn.Module, folder: Path, length: int) -> float:
@@ -88,8 +96,9 @@ def measure(size: str, length: int, runs: int, threads: int, *, eager: bool) -> 
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         sessions = {}
-        for form, residual in residuals(size).items():
-            model = decoder(size, residual, length)
+        models = forms(size, length)
+        config = models["plain"].config
+        for form, model in models.items():
             path = folder / form / "model.onnx"
             spent = export_ours(model, path.parent, length)
             sessions[form] = open_session(path, threads, kernels=form != "plain")
@@ -100,9 +109,10 @@ def measure(size: str, length: int, runs: int, threads: int, *, eager: bool) -> 
                 spent /= export_eager(model, eager_path.parent, length)
                 report(f"export_ratio_{form}_{suffix}", spent, "ratio", "torch.onnx.export of the eager model", 1)
                 sessions[f"eager_{form}"] = open_session(eager_path, threads)
-        ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, length))
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
         seconds = latencies(sessions, {"input_ids": ids}, runs)
-    how = f"plain residuals, {size}, {SIZES[size]['layers']} layers, length {length}, ORT CPU, {threads} threads"
+    shape = f"width {config.width}, {config.layers} layers, length {length}"
+    how = f"plain residuals, {shape}, ORT CPU, {threads} threads"
     report(f"plain_{suffix}", float(np.median(seconds["plain"])), "s", how, runs)
     for name in sessions:
         if name != "plain":
@@ -112,14 +122,14 @@ def measure(size: str, length: int, runs: int, threads: int, *, eager: bool) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", action="append", choices=list(SIZES), help="default: all")
-    parser.add_argument("--length", action="append", type=int, help="default: 512 and 1")
-    parser.add_argument("--runs", type=int, default=31, help="rounds at length 512; ten times as many at length 1")
+    parser.add_argument("--size", action="append", choices=[*SIZES, *TRAINED], help="default: all")
+    parser.add_argument("--length", action="append", type=int, help="default: 512 (the trained ones: 256) and 1")
+    parser.add_argument("--runs", type=int, default=31, help="rounds; ten times as many at length 1")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-eager", dest="eager", action="store_false", help="leave the eager exports out")
     arguments = parser.parse_args()
-    for size in arguments.size or SIZES:
-        for length in arguments.length or (512, 1):
+    for size in arguments.size or (*SIZES, *TRAINED):
+        for length in arguments.length or (256 if size in TRAINED else 512, 1):
             runs = arguments.runs * (10 if length == 1 else 1)
             measure(size, length, runs, arguments.threads, eager=arguments.eager and size == "d576")
 

@@ -88,6 +88,8 @@ bool add_bundle(const std::string& folder, std::string& reason) {
   return true;
 }
 
+constexpr int kOrin = 87;
+
 Cubin* select_cubin(const std::string& key, int major, int minor, std::string& reason) {
   Table& known = table();
   const std::lock_guard lock(known.guard);
@@ -100,7 +102,9 @@ Cubin* select_cubin(const std::string& key, int major, int minor, std::string& r
   Cubin* best = nullptr;
   std::string present;
   for (const auto& cubin : entry->second) {
-    const bool forward = major < 9 && cubin->capability / 10 == major && cubin->capability <= device;
+    // A cubin runs on later minor versions too; but CUDA's binary compatibility leaves Tegra, here Orin, out.
+    const bool tegra = device == kOrin || cubin->capability == kOrin;
+    const bool forward = major < 9 && !tegra && cubin->capability / 10 == major && cubin->capability <= device;
     if (cubin->capability != device && !forward) {
       present += (present.empty() ? "SM" : ", SM") + std::to_string(cubin->capability);
     } else if (best == nullptr || cubin->capability > best->capability) {

@@ -202,10 +202,16 @@ def inspect(source: Model, recipe: Recipe, stages: Stages, examples: Examples) -
         return Inspection(artifact.manifest.source.model_dump(mode="json"), artifact=artifact)
     program = capture_stage(source, recipe, stages, examples)
     with stages.stage("analyze") as stage:
+        from depthwire.passes.analysis.reads import describe_reads
         from depthwire.passes.analysis.residual_stream import find_residual_stream
+        from depthwire.passes.recognize_attn_res import RecognizeAttnRes
         from depthwire.passes.standard import canonical_pipeline
 
         canonical = canonical_pipeline().run(program, progress=stage.update)
+        reads = describe_reads(RecognizeAttnRes().run(canonical).program.exported.graph)
+        if reads:  # then there is no residual stream: what it was made of is read by attention
+            stage.detail = f"{len(reads)} AttnRes reads of up to {max(len(read['sources']) for read in reads)} sources"
+            return Inspection(source_dict(program), reads=reads)
         structure = find_residual_stream(canonical).as_dict()
         stage.detail = f"{len(structure['sublayers'])} sublayers, {len(structure['breaks'])} breaks"
     return Inspection(source_dict(program), structure=structure)

@@ -41,20 +41,23 @@ class Inspection:
 
     Attributes:
         source: What was inspected, JSON-ready.
-        structure: ``ResidualStream.as_dict()``, or ``None`` for an artefact.
+        structure: ``ResidualStream.as_dict()``, or ``None`` for an artefact and for a model with AttnRes reads.
+        reads: One entry per read of such a model: node, module, the module that takes it, sources, options.
         artifact: The artefact, or ``None`` for a model.
         depth_weights: ``DepthWeights.as_dict()``, if they were asked for.
     """
 
     source: Mapping[str, Any]
     structure: Mapping[str, Any] | None = None
+    reads: Sequence[Mapping[str, Any]] | None = None
     artifact: Artifact | None = None
     depth_weights: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as JSON-ready values."""
         manifest = None if self.artifact is None else self.artifact.manifest.model_dump(mode="json")
-        found = {"source": dict(self.source), "structure": self.structure, "manifest": manifest}
+        reads = None if self.reads is None else [dict(read) for read in self.reads]
+        found = {"source": dict(self.source), "structure": self.structure, "reads": reads, "manifest": manifest}
         return found if self.depth_weights is None else {**found, "depth_weights": self.depth_weights}
 
 

@@ -160,10 +160,22 @@ def show_inspection(inspection: Inspection) -> Iterator[RenderableType]:
     yield pairs_table(facts, "source")
     if inspection.structure is not None:
         yield from show_structure(inspection.structure)
+    if inspection.reads is not None:
+        yield show_reads(inspection.reads)
     if inspection.depth_weights is not None:
         yield show_depth_weights(inspection.depth_weights)
     if inspection.artifact is not None:
         yield from show_manifest(inspection.artifact.manifest)
+
+
+def show_reads(reads: Sequence[Mapping[str, Any]]) -> Table:
+    """Return one row per AttnRes read: who takes it, its sources by the modules that made them, and what is special."""
+    rows = []
+    for index, read in enumerate(reads):
+        sources = ", ".join(source["module"] or source["node"] for source in read["sources"])
+        special = ", ".join(f"{name}={value}" for name, value in read["options"].items())
+        rows.append((index, read["reader"] or read["node"], len(read["sources"]), sources, special))
+    return rows_table(rows, ("#", "read by", "n", "sources", "options"), "AttnRes reads")
 
 
 def show_depth_weights(weights: Mapping[str, Any]) -> Table:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import depthwire.ops  # noqa: F401 - registers the operators
+from depthwire.passes._base import module_path
 from depthwire.passes._match import is_call
 
 if TYPE_CHECKING:
@@ -79,3 +80,23 @@ def read_call(form: ReadForm, arguments: Mapping[str, Any]) -> tuple[torch._ops.
     while args and schema[len(args) - 1].has_default_value() and args[-1] == schema[len(args) - 1].default_value:
         args.pop()
     return form.target, tuple(args)
+
+
+def describe_reads(graph: torch.fx.Graph) -> list[dict[str, Any]]:
+    """Return the reads as JSON-ready values: node, module, the module that takes it, sources, options."""
+    described = []
+    for node, _ in find_reads(graph):
+        arguments = read_arguments(node)
+        reader = next(iter(node.users), None)
+        options = {name: arguments[name] for name in ("eps", "scale")}
+        options |= {name: arguments[name] for name in ("value_norm", "last_bias") if arguments[name]}
+        described.append(
+            {
+                "node": node.name,
+                "module": module_path(node),
+                "reader": "" if reader is None else module_path(reader),
+                "sources": [{"node": source.name, "module": module_path(source)} for source in arguments["sources"]],
+                "options": options,
+            }
+        )
+    return described

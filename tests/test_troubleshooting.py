@@ -17,10 +17,7 @@ STAGES = {
     "cli",
     "export",
     "pass",
-    "canonicalize-constants",
-    "fuse-norm",
     "internal",
-    "legalize-attention",
     "queries",
     "recipe",
     "runtime",
@@ -44,8 +41,9 @@ def _strings() -> set[str]:
 
 
 def _codes() -> set[str]:
-    """Collect every string that reads like a code of one of our stages."""
-    found = {text for text in _strings() if CODE.fullmatch(text) and text.split(".")[0] in STAGES}
+    """Collect every string that reads like a code of one of our stages, or of a pass."""
+    stages = STAGES | {path.stem.replace("_", "-") for path in (ROOT / "passes").glob("[a-z]*_*.py")}
+    found = {text for text in _strings() if CODE.fullmatch(text) and text.split(".")[0] in stages}
     return found - {"build.log"}  # a file
 
 

@@ -187,5 +187,5 @@ def test_inspect_shows_a_model_and_an_artefact(tiny: Path, converted: Path, caps
     assert json.loads(capsys.readouterr().out)["manifest"]["recipe"]["attn_res"] == "full"
     assert main(["inspect", str(converted)]) == 0
     text = capsys.readouterr().out
-    assert "depthwire::AttnResRead_5 1 (with a function body)" in " ".join(text.split())
+    assert "depthwire::AttnResReadNorm_5 1 (with a function body)" in " ".join(text.split())
     assert "[1, 16, 97]" in text

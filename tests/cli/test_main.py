@@ -196,6 +196,10 @@ def slow():
 @pytest.mark.skipif(sys.platform == "win32", reason="signals end a process there without asking it")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(
+            f"{number.name} is ignored by whoever started the tests (a background job), and so by what they start"
+        )
     (tmp_path / "slow_model.py").write_text(FACTORY, encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, "-m", "depthwire", "convert", "slow_model:slow", "-o", "out", "--json"],

@@ -187,5 +187,6 @@ def test_inspect_shows_a_model_and_an_artefact(tiny: Path, converted: Path, caps
     assert json.loads(capsys.readouterr().out)["manifest"]["recipe"]["attn_res"] == "full"
     assert main(["inspect", str(converted)]) == 0
     text = capsys.readouterr().out
-    assert "depthwire::AttnResReadNorm_5 1 (with a function body)" in " ".join(text.split())
+    plain = " ".join(text.replace("│", " ").split())  # the cell breaks where it is full
+    assert "depthwire::AttnResReadNorm_5 1 (with a function body)" in plain
     assert "[1, 16, 97]" in text

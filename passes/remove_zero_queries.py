@@ -21,9 +21,8 @@ from depthwire.passes._base import Decline, Pass, PassResult, where
 from depthwire.passes._edit import GraphEditor
 from depthwire.passes._match import aten, is_call, is_plain_sum
 from depthwire.passes.analysis.norm import Norm, find_norms
-from depthwire.passes.analysis.reads import READ, read_arguments
+from depthwire.passes.analysis.reads import READ, read_arguments, weights_by_name
 from depthwire.passes.analysis.residual_stream import split_readers
-from depthwire.passes.schedule_two_phase import weights_by_name
 
 if TYPE_CHECKING:
     import torch

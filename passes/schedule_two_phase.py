@@ -23,7 +23,7 @@ import torch
 from depthwire.passes._base import Decline, Pass, PassResult, where
 from depthwire.passes._edit import GraphEditor
 from depthwire.passes._match import is_call, value
-from depthwire.passes.analysis.reads import INTER, READ, ReadForm, read_arguments, read_call
+from depthwire.passes.analysis.reads import INTER, READ, ReadForm, read_arguments, read_call, weights_by_name
 from depthwire.passes.analysis.two_phase_cost import START_BYTES, Group, Site, cheapest_groups
 
 if TYPE_CHECKING:
@@ -93,14 +93,6 @@ def _match(node: torch.fx.Node, order: dict[torch.fx.Node, int], weights: dict[s
         )
     sources = sorted(arguments["sources"], key=order.__getitem__)
     return _Read(node, arguments, sources, weights[query.name])
-
-
-def weights_by_name(program: Program) -> dict[str, torch.Tensor]:
-    """Return parameters and constants by the names of their placeholders."""
-    exported = program.exported
-    held = {**exported.constants, **exported.state_dict}
-    specs = exported.graph_signature.input_specs
-    return {spec.arg.name: held[str(spec.target)] for spec in specs if str(spec.target) in held}
 
 
 def _sites(reads: list[_Read]) -> list[Site]:

@@ -14,6 +14,8 @@ from depthwire.passes._match import is_call
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from depthwire.program import Program
+
 ops = torch.ops.depthwire
 
 READ = ops.attn_res_read.default
@@ -100,3 +102,11 @@ def describe_reads(graph: torch.fx.Graph) -> list[dict[str, Any]]:
             }
         )
     return described
+
+
+def weights_by_name(program: Program) -> dict[str, torch.Tensor]:
+    """Return parameters and constants by the names of their placeholders."""
+    exported = program.exported
+    held = {**exported.constants, **exported.state_dict}
+    specs = exported.graph_signature.input_specs
+    return {spec.arg.name: held[str(spec.target)] for spec in specs if str(spec.target) in held}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from depthwire.errors import BuildError, UsageError
+from depthwire.ops import read_weights
 from depthwire.runtime.torch_exported import placeholder_values
 
 if TYPE_CHECKING:
@@ -179,11 +180,8 @@ def _weights(operands: Mapping[str, Any]) -> Tensor:
     sources: list[Tensor] = list(operands["sources"])
     if "delta" in operands:  # the read adds it to the last source and rounds before it reads
         sources[-1] = sources[-1] + operands["delta"]
-    values = torch.stack([source.double() for source in sources])
-    rstd = torch.rsqrt(values.square().mean(-1) + float(operands["eps"]))
-    logits = (values * operands["query"].double()).sum(-1) * rstd * float(operands["scale"])
-    logits[-1] += float(operands["last_bias"])
-    return torch.softmax(logits, 0)
+    wide = [source.double() for source in sources]
+    return read_weights(operands["query"], wide, operands["eps"], operands["scale"], operands["last_bias"])
 
 
 def _describe(node: Node, weights: tuple[float, ...]) -> Read:

@@ -5,6 +5,7 @@ Importing this package registers the operators with torch under the namespace ``
 
 from __future__ import annotations
 
+from depthwire.ops._reference import read_weights
 from depthwire.ops._register import SHAPES
 from depthwire.ops.attn_res_read import (
     attn_res_add_read,
@@ -33,4 +34,5 @@ __all__ = [
     "attn_res_read",
     "attn_res_read_norm",
     "attn_res_read_reference",
+    "read_weights",
 ]

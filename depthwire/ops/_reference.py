@@ -60,9 +60,7 @@ def mix(
         values.append(mixed[0].to(compute))
         logits.append(mixed[1].to(compute))
     for index, source in enumerate(sources):
-        value = source.to(compute_dtype(source))
-        rstd = torch.rsqrt(value.square().mean(-1) + eps)
-        logit = (value @ query.to(value.dtype)) * rstd * scale
+        value, rstd, logit = _scored(query, source, eps, scale)
         if last_bias and index == len(sources) - 1:
             logit = logit + last_bias
         logits.append(logit)
@@ -74,13 +72,18 @@ def mix(
     return out
 
 
-def weights(query: Tensor, sources: Sequence[Tensor], eps: float, scale: float, last_bias: float = 0.0) -> Tensor:
+def read_weights(query: Tensor, sources: Sequence[Tensor], eps: float, scale: float, last_bias: float = 0.0) -> Tensor:
     """Return the softmax weights ``[n, ...]`` of a read: what each source contributes."""
-    value, rstd = _normalised(sources, eps)
-    logit = (value * query.to(value.dtype)).sum(-1) * rstd * scale
-    if last_bias:
-        logit = torch.cat([logit[:-1], logit[-1:] + last_bias])
-    return torch.softmax(logit, dim=0)
+    logits = [_scored(query, source, eps, scale)[2] for source in sources]
+    logits[-1] = logits[-1] + last_bias
+    return torch.softmax(torch.stack(logits), dim=0)
+
+
+def _scored(query: Tensor, source: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a source in the arithmetic's dtype, its inverse root mean square and its logit."""
+    value = source.to(compute_dtype(source))
+    rstd = torch.rsqrt(value.square().mean(-1) + eps)
+    return value, rstd, (value @ query.to(value.dtype)) * rstd * scale
 
 
 def phase_1(queries: Tensor, sources: Sequence[Tensor], eps: float, scale: float) -> tuple[Tensor, Tensor]:

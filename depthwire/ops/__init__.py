@@ -21,6 +21,9 @@ from depthwire.ops.attn_res_two_phase import (
     attn_res_merge,
     attn_res_merge_norm,
 )
+from depthwire.ops.move_tokens import gather_tokens, scatter_tokens
+from depthwire.ops.select_tokens import canonical_score, select_tokens, select_tokens_budget
+from depthwire.ops.surprise_score import surprise_score
 
 __all__ = [
     "SHAPES",
@@ -34,5 +37,11 @@ __all__ = [
     "attn_res_read",
     "attn_res_read_norm",
     "attn_res_read_reference",
+    "canonical_score",
+    "gather_tokens",
     "read_weights",
+    "scatter_tokens",
+    "select_tokens",
+    "select_tokens_budget",
+    "surprise_score",
 ]

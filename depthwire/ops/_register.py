@@ -22,7 +22,7 @@ SHAPES: dict[str, Callable[..., Any]] = {}
 """Operator -> what gives empty tensors like its results, without going through torch's dispatcher."""
 
 
-def register(name: str, reference: Callable[..., Any], shapes: Shapes) -> CustomOpDef:
+def register(name: str, reference: Callable[..., Any], shapes: Shapes, *, widen: bool = True) -> CustomOpDef:
     """Register ``depthwire::name``, which computes what the reference does and has its gradient, twice differentiable.
 
     Args:
@@ -30,6 +30,9 @@ def register(name: str, reference: Callable[..., Any], shapes: Shapes) -> Custom
         reference: The executable specification; its annotated signature is the operator's schema.
         shapes: Takes the arguments by name, raises ValueError if they do not fit together, and returns empty tensors
             like the results.
+        widen: Under autocast, take floating-point arguments in fp32.
+
+    Integer and bool arguments and results take no part in the gradient.
     """
     signature = inspect.signature(reference)
     schema = torch.library.infer_schema(reference, mutates_args=())
@@ -50,7 +53,7 @@ def register(name: str, reference: Callable[..., Any], shapes: Shapes) -> Custom
     op = torch.library.custom_op(f"depthwire::{name}", kernel, mutates_args=(), schema=schema)
     op.register_fake(fake)
     _register_gradient(op, reference)
-    for device in ("cpu", "cuda"):  # under autocast a bank holds an fp32 embedding beside sums in half precision
+    for device in ("cpu", "cuda") if widen else ():  # a bank holds an fp32 embedding beside sums in half precision
         op.register_autocast(device, torch.float32)
     op.__doc__ = reference.__doc__
     return op
@@ -71,18 +74,28 @@ def _register_gradient(op: CustomOpDef, reference: Callable[..., Any]) -> None:
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         again = torch.is_grad_enabled()  # whoever wants a second derivative needs the gradient's own graph
         with torch.enable_grad():
-            tensors = [t if again and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+            tensors = [_leaf(saved, again) for saved in ctx.saved_tensors]
+            inputs = [tensor for tensor in tensors if tensor.requires_grad]
             out = reference(*merged(ctx, tensors, ctx.others))
             outputs = list(out) if isinstance(out, (tuple, list)) else [out]
             pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [output for output, _ in pairs],
-                tensors,
+                inputs,
                 [grad for _, grad in pairs],
                 create_graph=again,
                 allow_unused=True,
             )
+        by_input = iter(gradients)
+        found = [next(by_input) if tensor.requires_grad else None for tensor in tensors]
         # The dispatcher drops arguments that equal their defaults, and wants no gradient for them.
-        return merged(ctx, list(found), [None] * len(ctx.others))[: len(ctx.needs_input_grad)]
+        return merged(ctx, found, [None] * len(ctx.others))[: len(ctx.needs_input_grad)]
 
     op.register_autograd(backward, setup_context=setup_context)
+
+
+def _leaf(saved: torch.Tensor, again: bool) -> torch.Tensor:
+    """Return a tensor to differentiate by; integers and bools as they are."""
+    if not saved.dtype.is_floating_point or (again and saved.requires_grad):
+        return saved
+    return saved.detach().requires_grad_()

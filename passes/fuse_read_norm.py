@@ -4,7 +4,7 @@ Before::  h = attn_res_read(query, sources, …)          After::  n = attn_res_
           n = rms_norm(h, [d], weight, eps)
 
 The mixed value is then normalised where it lies instead of being stored, read, normalised and stored again. A norm
-without a gain gets ones. Merges of the two-phase form alike.
+without a gain gets ones. Merges of the two-phase form alike. A reshape of the tokens between the two comes after both.
 
 Declined: a read that something besides one RMSNorm looks at, a LayerNorm, a norm in another dtype than the read's.
 """
@@ -19,6 +19,7 @@ import torch
 from depthwire.passes._base import Decline, Pass, PassResult, where
 from depthwire.passes._edit import GraphEditor
 from depthwire.passes._match import argument, aten, is_call, readers, value
+from depthwire.passes.analysis.depth_layout import RESHAPES
 from depthwire.passes.analysis.reads import ReadForm, find_reads, read_arguments, read_call
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class _Norm:
 
 def _match(read: torch.fx.Node) -> _Norm | Decline:
     users = readers(read)
+    while len(users) == 1 and _regroups_tokens(users[0]):
+        users = readers(users[0])
     norms = [user for user in users if is_call(user, aten.rms_norm.default)]
     if len(users) != 1 or not norms:
         names = ", ".join(sorted({str(user.target) for user in users})) or "nothing"
@@ -66,6 +69,11 @@ def _match(read: torch.fx.Node) -> _Norm | Decline:
     if eps is None:  # torch then takes the machine epsilon of the dtype it computes in
         eps = torch.finfo(torch.float64 if value(read).dtype == torch.float64 else torch.float32).eps
     return _Norm(norm, argument(norm, 2, "weight"), float(eps))
+
+
+def _regroups_tokens(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a reshape that keeps the features."""
+    return is_call(node, *RESHAPES) and value(node).shape[-1:] == value(node.args[0]).shape[-1:]  # type: ignore[arg-type]
 
 
 def _rewrite(read: torch.fx.Node, form: ReadForm, norm: _Norm, edit: GraphEditor) -> None:
@@ -78,4 +86,12 @@ def _rewrite(read: torch.fx.Node, form: ReadForm, norm: _Norm, edit: GraphEditor
     arguments = {**read_arguments(read), "norm_weight": weight, "norm_eps": norm.eps}
     target, args = read_call(ReadForm(merge=form.merge, norm=True), arguments)
     fused = edit.call(target, args, before=node, like=node)
-    edit.replace(node, fused, keep_name=True)
+    shape = value(fused).shape
+    if shape == value(node).shape:
+        edit.replace(node, fused, keep_name=True)
+        return
+    for user in list(node.users):
+        if is_call(user, *RESHAPES) and value(user).shape == shape:
+            edit.replace(user, fused)
+    flat = edit.call(aten.reshape.default, (fused, list(value(node).shape)), before=node, like=node)
+    edit.replace(node, flat, keep_name=True)

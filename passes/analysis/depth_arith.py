@@ -10,8 +10,8 @@ import torch
 from depthwire.passes._match import argument, aten, is_call, value
 from depthwire.passes.analysis.depth_layout import expanded
 from depthwire.passes.analysis.depth_product import Context, Operand, contract, power
-from depthwire.passes.analysis.depth_sums import plus, plus_constant, plus_number
-from depthwire.passes.analysis.depth_values import Const, Tainted, Term, Value
+from depthwire.passes.analysis.depth_sums import at_least, plus, plus_constant, plus_number
+from depthwire.passes.analysis.depth_values import Const, Dot, Moment, Tainted, Term, Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,13 +57,15 @@ def broadcast(context: Context, *given: object) -> list[list[int]]:
     return [list(range(rank - rank_of(each), rank)) for each in given]
 
 
-def lost(context: Context, given: Sequence[Operand | None]) -> Tainted | None:
-    """Return the loss of a normal form, for operands of the shape of the result."""
+def lost(context: Context, given: Sequence[Operand | None], reason: str = "unsupported") -> Tainted | None:
+    """Return the loss of a normal form, for operands of the shape of the result; what was lost before says why."""
     rank = value(context.node).dim()
-    for each in given:
-        if isinstance(each, (Term, Tainted)) and each.deep and len(each.dims) == rank:
-            return each if isinstance(each, Tainted) else Tainted(each.dims, "unsupported", context.node)
-    return None
+    deep = [each for each in given if isinstance(each, (Term, Tainted)) and each.deep and len(each.dims) == rank]
+    if not deep:
+        return None
+    before = next((each for each in deep if isinstance(each, Tainted)), None)
+    wide = next((each for each in deep if isinstance(each, Term)), deep[0])
+    return Tainted(wide.dims, reason, context.node) if before is None else replace(before, dims=wide.dims)
 
 
 def with_dims(term: Value, dims: Dims) -> Value:
@@ -110,6 +112,16 @@ def raised(exponent: float | None) -> Callable[[Context, Chosen], list[Value]]:
     return transfer
 
 
+def clamped(context: Context, chosen: Chosen) -> list[Value]:
+    """``clamp`` from below."""
+    node, term = context.node, first(context, chosen)
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    norm = isinstance(term, Term) and term.find(Moment) is not None and term.find(Dot) is None
+    plain = isinstance(term, Term) and isinstance(low, (int, float)) and high is None
+    found = at_least(term, float(low)) if plain else None  # type: ignore[arg-type]
+    return result(found if found is not None else lost(context, [term], "norm-eps" if norm else "unsupported"))
+
+
 def negative(context: Context, chosen: Chosen) -> list[Value]:
     """``-x``."""
     term = first(context, chosen)
@@ -138,7 +150,10 @@ def addition(context: Context, chosen: Chosen) -> list[Value]:
     if isinstance(right, Const) and number is None:
         return result(plus_constant(context, left, right.node, sign, dims))
     shifted = plus_number(left, sign * (number or 0.0)) if isinstance(left, Term) else left
-    return result(lost(context, [left]) if shifted is None else with_dims(shifted, dims))
+    if shifted is not None:
+        return result(with_dims(shifted, dims))
+    root = isinstance(left, Term) and left.find(Moment) is not None and not left.power and left.find(Dot) is None
+    return result(lost(context, [left], "norm-eps" if root else "unsupported"))
 
 
 def _number(context: Context, term: Value, node: torch.fx.Node) -> float | None:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from depthwire.ops import attn_res_read  # noqa: F401 - registers the operator
-from depthwire.passes._match import aten, value
+from depthwire.passes._match import aten, is_call, value
 from depthwire.passes.analysis.depth_axes import Atom, Dims, layout_to, own_axes, sizes
+from depthwire.passes.analysis.depth_layout import RESHAPES
 from depthwire.passes.analysis.depth_softmax import last_bias
-from depthwire.passes.analysis.depth_values import Const, Logits, Mix, Read, Source, Term
+from depthwire.passes.analysis.depth_values import Bank, Const, Logits, Mix, Read, Source, Term
 from depthwire.passes.queries import QUERY_PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
     from depthwire.passes._edit import GraphEditor
     from depthwire.passes.analysis.depth_constants import Constants
@@ -58,9 +59,13 @@ class Emitter:
             new = self._edit.call(aten.stack.default, (reads, 0), before=place, like=place)
             shape = [*(atom.size for atom in free), *shape]
             if len(free) > 1:
-                new = self._edit.call(aten.reshape.default, (new, shape), before=place, like=place)
+                new = self._reshaped(place, new, shape)
             dims = _numbered(term.dims, [atom.axis for atom in free])
         new = self._scale(place, new, term, mix)
+        order = self._order(mix.logits)
+        if order is not None:
+            back = [*range(len(free)), *(len(free) + order.index(axis) for axis in range(len(order)))]
+            new = self._edit.call(aten.permute.default, (new, back), before=place, like=place)
         new = self._laid_out(place, new, dims, list(value(node).shape))
         new = self._cast(place, new, value(node).dtype)
         # One read may stand for two views of it; it takes the first one's name.
@@ -74,7 +79,7 @@ class Emitter:
         if source.dims is not None:
             new = self._laid_out(place, new, source.dims, sizes(source.dims))
         if value(new).shape != value(node).shape:
-            new = self._edit.call(aten.reshape.default, (new, list(value(node).shape)), before=place, like=place)
+            new = self._reshaped(place, new, list(value(node).shape))
         new = self._cast(place, new, value(node).dtype)
         self._edit.replace(place, new)
 
@@ -97,7 +102,10 @@ class Emitter:
             bias = last_bias(logits) or 0.0
             more = (mix.unit, bias) if mix.unit or bias else ()
             arguments = (query, sources, logits.eps, scale, *more)
-            self._made[key] = self._edit.call(READ, arguments, before=place, like=place)
+            read = self._edit.call(READ, arguments, before=place, like=place)
+            self._made[key] = (
+                read if self._order(logits) else self._reshaped(place, read, self._common_shape(logits.bank))
+            )
             self.reads += 1
         return self._made[key]
 
@@ -128,10 +136,49 @@ class Emitter:
         return tensor.reshape(-1).expand(width)
 
     def _sources(self, place: torch.fx.Node, logits: Logits, dtype: torch.dtype) -> list[torch.fx.Node]:
-        bank = logits.bank
-        shapes = Counter(self._shape(source) for source in bank.sources)
-        shape = shapes.most_common(1)[0][0]
-        return [self._source(place, source, shape, dtype) for source in bank.sources]
+        bank, order = logits.bank, self._order(logits)
+        shape = self._common_shape(bank)
+        if order is None:
+            shape = self._unflattened(bank, shape)
+        sources = [self._source(place, source, shape, dtype) for source in bank.sources]
+        return sources if order is None else [self._permuted(place, source, order) for source in sources]
+
+    def _common_shape(self, bank: Bank) -> tuple[int, ...]:
+        return Counter(self._shape(source) for source in bank.sources).most_common(1)[0][0]
+
+    def _unflattened(self, bank: Bank, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape in which the most sources are there before they are reshaped into ``shape``."""
+        free = Counter(shape for source in bank.sources for shape in self._before_views(source)[-1:])
+        best, count = max(free.items(), key=lambda each: (each[1], each[0] == shape), default=(shape, 0))
+        return best if best[-1:] == shape[-1:] and count > free[shape] else shape
+
+    def _before_views(self, source: Source) -> list[tuple[int, ...]]:
+        """Return the shapes of a source, back to the one that no reshape has made."""
+        if source.dims is not None:
+            return []
+        node = self._edit.copy_of(source.node)
+        return [tuple(map(int, value(each).shape)) for each in _reshapes(node)]
+
+    def _order(self, logits: Logits) -> list[int] | None:
+        """Return the permutation that brings the features of a source to its end; ``None`` if they are there."""
+        shape = self._common_shape(logits.bank)
+        features = [axis for axis, size in enumerate(shape) if size > 1][logits.axis]
+        if features == len(shape) - 1:
+            return None
+        return [*(axis for axis in range(len(shape)) if axis != features), features]
+
+    def _permuted(self, place: torch.fx.Node, node: torch.fx.Node, order: list[int]) -> torch.fx.Node:
+        key = (node, tuple(order))
+        if key not in self._views:
+            self._views[key] = self._edit.call(aten.permute.default, (node, order), before=place, like=place)
+        return self._views[key]
+
+    def _reshaped(self, place: torch.fx.Node, node: torch.fx.Node, shape: Sequence[int]) -> torch.fx.Node:
+        """Reshape what a node was before any reshape."""
+        same = [each for each in _reshapes(node) if list(value(each).shape) == list(shape)]
+        if same:
+            return same[-1]
+        return self._edit.call(aten.reshape.default, (_reshapes(node)[-1], list(shape)), before=place, like=place)
 
     def _shape(self, source: Source) -> tuple[int, ...]:
         return tuple(sizes(source.dims)) if source.dims is not None else tuple(map(int, value(source.node).shape))
@@ -147,7 +194,7 @@ class Emitter:
             if source.dims is not None:
                 node = self._laid_out(place, node, source.dims, list(shape))
             elif tuple(value(node).shape) != shape:
-                node = self._edit.call(aten.reshape.default, (node, list(shape)), before=place, like=place)
+                node = self._reshaped(place, node, list(shape))
             self._views[key] = self._cast(place, node, dtype)
         return self._views[key]
 
@@ -163,7 +210,7 @@ class Emitter:
                 if not dim:
                     vector = self._edit.call(aten.select.int, (vector, position, 0), before=place, like=place)
             if list(value(vector).shape) != shape:
-                vector = self._edit.call(aten.reshape.default, (vector, shape), before=place, like=place)
+                vector = self._reshaped(place, vector, shape)
             vector = self._cast(place, vector, value(new).dtype)
             target = aten.mul.Tensor if exponent > 0 else aten.div.Tensor
             new = self._edit.call(target, (new, vector), before=place, like=place)
@@ -177,16 +224,25 @@ class Emitter:
         if layout is None:
             raise AssertionError(dims, own)
         if layout.permutes:
-            new = self._edit.call(aten.reshape.default, (new, layout.split), before=place, like=place)
+            new = self._reshaped(place, new, layout.split)
             new = self._edit.call(aten.permute.default, (new, layout.order), before=place, like=place)
         if list(value(new).shape) == shape:
             return new
-        return self._edit.call(aten.reshape.default, (new, shape), before=place, like=place)
+        return self._reshaped(place, new, shape)
 
     def _cast(self, place: torch.fx.Node, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
         if value(node).dtype == dtype:
             return node
         return self._edit.call(aten.to.dtype, (node, dtype), before=place, like=place)
+
+
+def _reshapes(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return a node and what it is a reshape of, each with the same elements in the same order."""
+    chain = [node]
+    while is_call(chain[-1], *RESHAPES):
+        source: Any = chain[-1].args[0]
+        chain.append(source)
+    return chain
 
 
 def _same_order(dims: Dims, shape: list[int]) -> bool:

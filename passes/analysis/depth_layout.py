@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from depthwire.passes._match import argument, aten, is_call, value
 from depthwire.passes.analysis.depth_axes import (
     DEPTH,
+    REPEAT,
     Atom,
     Dim,
     Dims,
+    has_axis,
     is_identity,
     long_dims,
     order_of,
@@ -23,8 +27,6 @@ from depthwire.passes.analysis.depth_values import Source, Tainted, Term, Value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from depthwire.passes.analysis.depth_product import Context
 
@@ -77,7 +79,7 @@ def relayout(node: torch.fx.Node, dims: Dims) -> Dims | None:
 def expanded(dims: Dims, shape: Sequence[int]) -> Dims:
     """Return the dimensions of a tensor that is broadcast to a shape."""
     padded: Dims = ((),) * (len(shape) - len(dims)) + dims
-    return tuple(dim or (whole("repeat", size) if size > 1 else ()) for dim, size in zip(padded, shape, strict=True))
+    return tuple(dim or (whole(REPEAT, size) if size > 1 else ()) for dim, size in zip(padded, shape, strict=True))
 
 
 def view(context: Context, node: torch.fx.Node, term: Value) -> list[Value]:
@@ -137,23 +139,28 @@ def take(context: Context, term: Term, indices: Sequence[int]) -> Term:
     return replace(term, bank=bank, lanes=lanes, bias=bias)
 
 
-def pick(context: Context, term: Value, axis: int, indices: range, *, keep: bool) -> Value | None:
-    """Take some indices of one dimension; without ``keep`` a single one, whose dimension goes."""
-    dim = term.dims[axis]
+def pick(context: Context, term: Value, axis: int, indices: Sequence[int], *, keep: bool) -> Value | None:
+    """Take some indices of one dimension, in any order; without ``keep`` a single one, whose dimension goes."""
+    dim, others = term.dims[axis], term.dims[:axis] + term.dims[axis + 1 :]
     new: Dim = ()
     result: Value = term
-    if sizes([dim])[0] == len(indices):
+    if list(indices) == list(range(sizes([dim])[0])):
         new = dim
     elif isinstance(term, Tainted) or len(dim) != 1:
-        return context.taint(term.dims[:axis] + term.dims[axis + 1 :], "unsupported")
+        return context.taint(others, "unsupported")
+    elif not isinstance(dim[0].axis, int) and dim[0].axis != REPEAT and has_axis(others, dim[0].axis):
+        return context.taint(others, "unsupported")  # a part of an axis that was cut
     elif dim[0].axis == DEPTH:
+        if term.lanes is not None and len(set(indices)) != len(indices):
+            return context.taint(others, "unsupported")
         result, new = take(context, term, indices), whole(DEPTH, len(indices))
-    elif not isinstance(dim[0].axis, int) and dim[0].axis != "repeat" and len(indices) == 1:
+    elif not isinstance(dim[0].axis, int) and dim[0].axis != REPEAT and len(indices) == 1:
         result = replace(term, fixed=term.fixed | {(dim[0].axis, indices[0])})
-    elif dim[0].axis == "repeat":
-        new = whole("repeat", len(indices))
+    elif dim[0].axis == REPEAT:
+        new = whole(REPEAT, len(indices))
     else:
-        partial = term.bank is not None and dim[0].axis == len(term.bank.shape) - 1
+        fewer = len(set(indices)) < sizes([dim])[0]
+        partial = term.bank is not None and dim[0].axis == len(term.bank.shape) - 1 and fewer
         return context.taint(term.dims, "low-rank-keys" if partial else "unsupported")
     middle: Dims = (new,) if keep else ()
     return replace(result, dims=term.dims[:axis] + middle + term.dims[axis + 1 :])
@@ -170,6 +177,30 @@ def sliced(context: Context, node: torch.fx.Node, term: Value) -> Value | None:
     """``x[a:b:step]`` along one dimension."""
     axis, _ = _axis(node, len(term.dims))
     return pick(context, term, axis, slice_range(node, 1), keep=True)
+
+
+def gathered(context: Context, node: torch.fx.Node, term: Value) -> Value | None:
+    """``index_select``, indexing with one constant index tensor, and ``flip``."""
+    if is_call(node, aten.flip.default):
+        found: Value | None = term
+        for axis in (int(each) % len(term.dims) for each in argument(node, 1, "dims")):
+            backwards = range(sizes([term.dims[axis]])[0] - 1, -1, -1)
+            found = None if found is None else pick(context, found, axis, backwards, keep=True)
+        return found
+    if is_call(node, aten.index_select.default):
+        axis, index = int(argument(node, 1, "dim")) % len(term.dims), argument(node, 2, "index")
+    else:
+        given = [(axis, each) for axis, each in enumerate(argument(node, 1, "indices")) if each is not None]
+        axis, index = given[0] if len(given) == 1 else (0, None)
+    if index not in context.constants or value(index).dim() > 1 or value(index).numel() == 0:
+        return context.taint(term.dims, "unsupported")
+    tensor = context.constants.tensor(index)
+    if tensor.dtype == torch.bool:
+        return context.taint(term.dims, "unsupported")
+    size = sizes([term.dims[axis]])[0]
+    indices = [int(each) % size for each in tensor.reshape(-1)]
+    keep = tensor.dim() == 1 or is_call(node, aten.index_select.default)
+    return pick(context, term, axis, indices, keep=keep) if indices else None
 
 
 def slice_range(node: torch.fx.Node, first: int) -> range:
@@ -229,19 +260,20 @@ def join(context: Context, operands: Sequence[Sequence[Value]], axis: int, *, ne
         new: Whether the operands do not have it yet.
     """
     where = None if new else axis
-    tables: list[dict[Form, Term]] = []
+    tables: list[dict[Form, list[Term]]] = []
     for alternatives in operands:
-        table: dict[Form, Term] = {}
+        table: dict[Form, list[Term]] = {}
         for term in alternatives:
             form = form_of(term, where) if isinstance(term, Term) else None
             if form is not None and isinstance(term, Term):
-                table.setdefault(form, term)
+                table.setdefault(form, []).append(term)
         tables.append(table)
     common = [form for form in tables[0] if all(form in table for table in tables[1:])]
     found: list[Value] = []
     for form in common:
-        terms = [table[form] for table in tables]
-        found.append(_joined(context, terms, form, axis))
+        found.append(_joined(context, [table[form][0] for table in tables], form, axis))
+        if any(len(table[form]) > 1 for table in tables):  # a norm sees no difference between a source and its double
+            found.append(_joined(context, [table[form][-1] for table in tables], form, axis))
     if not found and not new:
         found = _joint(context, operands, axis)
     return found

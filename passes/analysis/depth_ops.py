@@ -46,6 +46,11 @@ def _slice(context: Context, chosen: Chosen) -> list[Value]:
     return [] if term is None else result(depth_layout.sliced(context, context.node, term))
 
 
+def _gather(context: Context, chosen: Chosen) -> list[Value]:
+    term = first(context, chosen)
+    return [] if term is None else result(depth_layout.gathered(context, context.node, term))
+
+
 def _contraction(context: Context, chosen: Chosen) -> list[Value]:
     return CONTRACTIONS[context.node.target](context, lambda given: operand(context, chosen, given))
 
@@ -61,6 +66,7 @@ TRANSFERS: Mapping[object, Transfer] = {
     **dict.fromkeys((*depth_layout.RESHAPES, *depth_layout.PERMUTATIONS, *depth_layout.EXPANSIONS), _view),
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
+    **dict.fromkeys((aten.index.Tensor, aten.index_select.default, aten.flip.default), _gather),
     **dict.fromkeys(
         (aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, *depth_arith.DIVISIONS), depth_arith.product
     ),
@@ -69,6 +75,7 @@ TRANSFERS: Mapping[object, Transfer] = {
     aten.sqrt.default: depth_arith.raised(0.5),
     aten.rsqrt.default: depth_arith.raised(-0.5),
     aten.reciprocal.default: depth_arith.raised(-1.0),
+    **dict.fromkeys((aten.clamp.default, aten.clamp_min.default), depth_arith.clamped),
     aten.neg.default: depth_arith.negative,
     **dict.fromkeys((aten.sum.dim_IntList, aten.sum.default, aten.mean.dim), depth_reductions.total),
     aten.rms_norm.default: depth_reductions.rms_norm,

@@ -296,11 +296,11 @@ def _sum_of_one(term: Term) -> Term:
 def _sum(context: Context, term: Term, dim: Dim) -> Term | str | None:
     """Sum over a whole axis; ``dims`` of the result are left to the caller. A string says why that is no term."""
     dim = fused(dim)
-    if len(dim) != 1:
-        return None
+    if len(dim) != 1 or term.bias is not None or term.shift is not None:
+        return "key-norm" if term.power == 1 and term.find(Moment) is not None else None  # a dot product over several norms
     atom = dim[0]
-    if term.bias is not None or term.shift is not None or atom.inner != 1:
-        return None
+    if atom.inner != 1:
+        return "key-norm" if term.power == 2 else None
     if atom.axis == REPEAT:
         # What is shifted by something that is not constant may differ along a broadcast axis.
         loose = any(isinstance(factor, (Exp, ExpSum, LogSum, Mix)) for factor, _ in term.factors)
@@ -312,13 +312,17 @@ def _sum(context: Context, term: Term, dim: Dim) -> Term | str | None:
     return None
 
 
-def _sum_features(term: Term, atom: Atom) -> Term | None:
-    if term.bank is None or not isinstance(atom.axis, int) or term.bank.shape[atom.axis] != atom.size:
+def _sum_features(term: Term, atom: Atom) -> Term | str | None:
+    if term.bank is None or not isinstance(atom.axis, int):
         return None
+    if term.bank.shape[atom.axis] != atom.size:
+        return "key-norm" if term.power == 2 else None
     axis = atom.axis
     inner = {(f, e) for f, e in term.factors if isinstance(f, Const) and has_axis(f.dims, axis)}
     if term.power == 2 and not term.factors:
         return replace(term, power=0, scalar=term.scalar * atom.size, factors=frozenset({(Moment(axis, 0.0), 1.0)}))
+    if term.power == 2:
+        return "key-norm"  # of keys that are normalised or multiplied by a gain already
     if term.power == 1 and not any(isinstance(f, (Soft, Exp, Mix)) for f, _ in term.factors):
         dot = Dot(axis, frozenset((f, e) for f, e in inner if isinstance(f, Const)))
         return replace(term, power=0, factors=(term.factors - inner) | {(dot, 1.0)})

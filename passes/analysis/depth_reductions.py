@@ -59,7 +59,7 @@ def rms_norm(context: Context, chosen: Chosen) -> list[Value]:
     shifted = plus_number(mean, float(eps)) if isinstance(mean, Term) else None
     rstd = None if shifted is None or not shifted.find(Moment) else power(shifted, -0.5)
     if rstd is None:
-        return result(lost(context, [term]))
+        return result(lost(context, [term], mean.reason if isinstance(mean, Tainted) else "unsupported"))
     weight = argument(node, 2, "weight")
     gain = 1.0 if weight is None else operand(context, chosen, weight)
     if gain is None:

@@ -37,22 +37,18 @@ def logits_of(context: Context, term: Term) -> Logits | str:  # noqa: PLR0911 - 
     ((moment, exponent), *more) = moments
     if more or exponent != -0.5 or moment.axis != dot.axis or (dot, 1.0) not in term.factors:
         return "key-norm"
-    if dot.axis != len(bank.shape) - 1:
-        return "feature-axis"
-    query: set[tuple[Const, float]] = set()
+    query: dict[Const, float] = {}
     for factor, power in [*(rest - {(moment, exponent)}), *dot.consts]:
         if not isinstance(factor, Const):
             return "no-dot-product"
         reduced = per_query(context, factor, dot.axis)
         if reduced is None:
             return "query-per-token"
-        query.add((reduced, power))
-    if len(query) < len(rest) - 1 + len(dot.consts):
-        return "query-squared"  # one constant twice, once on either side of the contraction
+        query[reduced] = query.get(reduced, 0.0) + power  # the same one twice, if it varied over other tokens' axes
     if any(source.blank for source in bank.sources):
         return "unwritten-slot"
     return Logits(
-        bank, dot.axis, frozenset(query), moment.eps, term.scalar, _relative(term.bias), term.shift, term.fixed
+        bank, dot.axis, frozenset(query.items()), moment.eps, term.scalar, _relative(term.bias), term.shift, term.fixed
     )
 
 

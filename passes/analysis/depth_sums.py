@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from depthwire.passes.analysis.depth_product import Context
 
 
+_NEGLIGIBLE = 1e-24 * (1.0 + 1e-9)  # mean square; the norm's default is 1e-12
+
+
 def plus_number(term: Term, number: float) -> Term | None:
     """Return a term plus a number."""
     if number == 0.0:
@@ -30,6 +33,26 @@ def plus_number(term: Term, number: float) -> Term | None:
         return None
     bias = term.bias or (0.0,) * len(term.bank)
     return replace(term, bias=tuple(each + number for each in bias))
+
+
+def at_least(term: Term, number: float) -> Term | None:
+    """Return ``max(term, number)`` for a root mean square or one of its powers.
+
+    ``1 / max(|v|, δ)`` (``functional.normalize``) is written as ``1 / sqrt(|v|² + δ²)``. Both are 1/δ at zero;
+    elsewhere they differ by a factor of at most ``sqrt(1 + δ²/|v|²)``, which no fp32 number shows once |v| > 3000 δ.
+    So δ has to be so small that no activations come near it: δ² at most 1e-24 in the mean square.
+    """
+    if len(term.factors) != 1 or term.power or term.bias is not None or term.scalar <= 0:
+        return None
+    ((factor, exponent),) = term.factors
+    if not isinstance(factor, Moment) or exponent <= 0:
+        return None
+    floor = (max(number, 0.0) / term.scalar) ** (1.0 / exponent)
+    if floor <= factor.eps:
+        return term  # it never acts
+    if factor.eps or floor > _NEGLIGIBLE:
+        return None
+    return replace(term, factors=frozenset({(Moment(factor.axis, floor), exponent)}))
 
 
 def plus_constant(context: Context, term: Value, node: torch.fx.Node, sign: float, dims: Dims) -> Value | None:

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from depthwire.ops import attn_res_read
 from depthwire.passes.fuse_read_norm import FuseReadNorm
+from depthwire.passes.recognize_attn_res import RecognizeAttnRes
 from depthwire.passes.schedule_two_phase import ScheduleTwoPhase
 from tests.passes.lifted import forms, lifted, plain_reads
+from tests.passes.native_attn_res.capture import canonical
 from tests.passes.parity import apply, assert_parity, check_golden, named, sabotaged
 from tests.zoo import Spec, program_of
 
@@ -51,6 +53,43 @@ def test_a_narrow_model_fuses_and_stays_as_close_to_fp64() -> None:
     # Not rounding between read and norm moves the result by about one rounding.
     result = apply(FuseReadNorm(), program, parity=4 * torch.finfo(torch.bfloat16).eps)
     assert result.rewrites == 6
+
+
+class Flat(nn.Module):
+    """Native reads over rows ``[B·T, d]`` of sources ``[B, T, d]``, in a list or a buffer, and a norm of the rows."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.buffer = buffer
+        self.query = nn.Parameter(torch.randn(8))
+        self.norm = nn.RMSNorm(8, eps=1e-5)
+        self.body = nn.Linear(8, 8)
+
+    def stacked(self, rows: list[Tensor]) -> Tensor:
+        if not self.buffer:
+            return torch.stack(rows)
+        bank = rows[0].new_empty(len(rows), *rows[0].shape)
+        for index, row in enumerate(rows):
+            bank[index] = row
+        return bank
+
+    def forward(self, x: Tensor) -> Tensor:
+        sources = [x]
+        for _ in range(3):
+            v = self.stacked([source.reshape(-1, 8) for source in sources])
+            keys = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5)
+            read = torch.einsum("nr,nrd->rd", (keys @ self.query).softmax(0), v)
+            sources.append(torch.tanh(self.body(self.norm(read).view_as(x))))
+        return sources[-1]
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_rows_of_tokens_are_no_obstacle(buffer: bool) -> None:
+    program = apply(RecognizeAttnRes(), canonical(Flat(buffer).double(), torch.randn(2, 3, 8).double())).program
+    result = apply(FuseReadNorm(), program)
+    assert result.rewrites == 3
+    assert not result.declines
+    assert not [n for n in result.program.exported.graph.nodes if n.target is torch.ops.aten.reshape.default]
 
 
 class Normless(nn.Module):

@@ -150,6 +150,50 @@ def test_reads_with_something_special(variant: variants.Variant) -> None:
     assert len(stacks_of(result.program)) == (variants.VARIANTS[variant] > 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_l2_norm_is_an_rms_norm_with_a_tiny_eps(dtype: torch.dtype) -> None:
+    program = canonical(variants.build(variants.l2_norm).to(dtype), spellings.example(dtype=dtype))
+    after = STEP.run(program).program
+    (read,) = reads_of(after)
+    assert list(read.args[2:]) == [pytest.approx(1e-24 / spellings.WIDTH), 1.0]
+    # From far below the least norm that the two eps tell apart in fp32 (3e-9) up to large activations.
+    for size in (1e-30, 1e-8, 1e-4, 1.0, 1e4):
+        x = spellings.example(dtype=dtype) * size
+        got, want = run(after, x), run(program, x)
+        if size > 3e-9:
+            assert error(got, want) < 32 * torch.finfo(dtype).eps + 0.5 * (1e-12 / size) ** 2
+        else:
+            assert all(bool(each.isfinite().all()) for each in got)
+
+
+def test_channels_come_last_with_one_transposition_per_source() -> None:
+    program = canonical(variants.build(variants.channels_first), spellings.example())
+    after = apply(STEP, program).program
+    (read,) = reads_of(after)
+    assert [str(source.target) for source in sources_of(read)] == ["aten.permute.default"] * 3
+    assert [str(user.target) for user in read.users] == ["aten.permute.default"]
+
+
+class Twice(nn.Module):
+    """One query that varies over the tokens' axes in name alone, multiplied along either of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(spellings.WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = torch.stack([x, x.sin(), x.cos()])
+        table = self.query.expand(3, -1).clone()
+        keys = torch.einsum("nbtd,td->nbtd", spellings.normalised(v, "rsqrt"), table)
+        return torch.einsum("nbt,nbtd->btd", torch.einsum("nbtd,bd->nbt", keys, table).softmax(0), v)
+
+
+def test_a_query_that_is_multiplied_twice_is_squared() -> None:
+    model = Twice().double()
+    after = apply(STEP, canonical(model, spellings.example(batch=3, length=3))).program
+    assert torch.allclose(after.exported.state_dict["attn_res.query.0"], model.query.detach() ** 2, rtol=1e-15)
+
+
 def test_sizes_that_coincide_are_told_apart() -> None:
     # Batch, tokens and sources are all 3: only their labels tell the axes apart.
     model = spellings.build(Spelling(mix="einsum", axis=1), depth=2)
@@ -221,6 +265,10 @@ def test_other_depth_mixing_is_declined_with_the_reason(mixer: refused.Mixer) ->
     assert [decline.code for decline in result.declines] == ([] if reason is None else [f"recognize-attn-res.{reason}"])
     for decline in result.declines:
         assert (decline.want, decline.got.partition(" at ")[0]) == REASONS[str(reason)]
+
+
+def test_every_reason_is_provoked() -> None:
+    assert {reason for reason in refused.REFUSED.values() if reason is not None} == set(REASONS)
 
 
 def test_every_reason_is_explained() -> None:

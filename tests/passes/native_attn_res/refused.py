@@ -144,6 +144,80 @@ def masked(sources: list[Tensor], w: Weights) -> Tensor:
     return functional.scaled_dot_product_attention(q, v, v, attn_mask=mask).squeeze(2)
 
 
+def norm_per_head(sources: list[Tensor], w: Weights) -> Tensor:
+    """The keys are normalised in two heads, as in QK-norm."""
+    v = torch.stack(sources)
+    heads = v.reshape(*v.shape[:-1], 2, WIDTH // 2)
+    return mix((functional.rms_norm(heads, (WIDTH // 2,)).flatten(-2) @ w.query).softmax(0), v)
+
+
+def norm_over_tokens(sources: list[Tensor], w: Weights) -> Tensor:
+    """The keys are normalised along the sequence."""
+    v = torch.stack(sources)
+    return mix((v * torch.rsqrt(v.square().mean(2, keepdim=True) + 1e-5) @ w.query).softmax(0), v)
+
+
+def norm_without_root(sources: list[Tensor], w: Weights) -> Tensor:
+    """The keys are divided by their mean square."""
+    v = torch.stack(sources)
+    return mix((v / (v.square().mean(-1, keepdim=True) + 1e-5) @ w.query).softmax(0), v)
+
+
+def norm_of_gained_keys(sources: list[Tensor], w: Weights) -> Tensor:
+    """A gain before the norm."""
+    v = torch.stack(sources)
+    return mix((normalised(v * w.to_scalar.weight[0], "rsqrt") @ w.query).softmax(0), v)
+
+
+def eps_after_the_root(sources: list[Tensor], w: Weights) -> Tensor:
+    """``v / (|v| + eps)``."""
+    v = torch.stack(sources)
+    return mix((v / (v.norm(dim=-1, keepdim=True) + 1e-6) @ w.query).softmax(0), v)
+
+
+def norm_from_below(sources: list[Tensor], w: Weights) -> Tensor:
+    """``functional.normalize`` whose eps is large enough to act."""
+    v = torch.stack(sources)
+    return mix((functional.normalize(v, dim=-1, eps=1e-6) @ w.query).softmax(0), v)
+
+
+def positions(sources: list[Tensor], w: Weights) -> Tensor:
+    """A learned bias per source and position (here of three tokens)."""
+    v = torch.stack(sources)
+    return mix((logits(v, w) + w.table[:, None, :3]).softmax(0), v)
+
+
+def query_per_position(sources: list[Tensor], w: Weights) -> Tensor:
+    """A learned query per position (here of three tokens)."""
+    v = torch.stack(sources)
+    return mix((normalised(v, "rsqrt") * w.table).sum(-1).softmax(0), v)
+
+
+def magnitudes(sources: list[Tensor], w: Weights) -> Tensor:  # noqa: ARG001
+    """The larger a source, the more of it; there is no query."""
+    v = torch.stack(sources)
+    return mix(v.square().mean(-1).sqrt().softmax(0), v)
+
+
+def soft_capped(sources: list[Tensor], w: Weights) -> Tensor:
+    """Logits under Gemma's soft cap."""
+    v = torch.stack(sources)
+    return mix((30 * torch.tanh(logits(v, w) / 30)).softmax(0), v)
+
+
+def first_alone(sources: list[Tensor], w: Weights) -> Tensor:
+    """The first source, gated by its weight."""
+    return logits(torch.stack(sources), w).softmax(0)[0].unsqueeze(-1) * sources[0]
+
+
+def whole_buffer(sources: list[Tensor], w: Weights) -> Tensor:
+    """One slot too many of a preallocated buffer."""
+    buffer = sources[0].new_zeros(len(sources) + 1, *sources[0].shape)
+    for index, source in enumerate(sources):
+        buffer[index] = source
+    return mix(logits(buffer, w).softmax(0), buffer)
+
+
 REFUSED: dict[Mixer, str | None] = {
     input_query: "query-depends-on-input",
     no_key_norm: "no-key-norm",
@@ -160,6 +234,18 @@ REFUSED: dict[Mixer, str | None] = {
     per_source_queries: "per-source-scale",
     moda: "joint-softmax",
     masked: "masked",
+    norm_per_head: "key-norm",
+    norm_over_tokens: "key-norm",
+    norm_without_root: "key-norm",
+    norm_of_gained_keys: "key-norm",
+    eps_after_the_root: "norm-eps",
+    norm_from_below: "norm-eps",
+    positions: "bias-per-token",
+    query_per_position: "query-per-token",
+    magnitudes: "no-dot-product",
+    soft_capped: "unsupported",
+    first_alone: "values",
+    whole_buffer: "unwritten-slot",
     hyper_connections: None,
 }
 

@@ -17,7 +17,7 @@ from depthwire.errors import BuildError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ABI = 1
+ABI = 2
 """Version of the operators' interface; register.cpp returns the same number."""
 
 OPS_ENTRY = "depthwire.ops"
@@ -29,7 +29,8 @@ KERNELS_ENTRY = "depthwire.kernels"
 BUILD_COMMAND = "make native"
 
 _LIBRARY = Path(__file__).resolve().parent / "lib" / "libdepthwire_ort.so"
-_NAME = re.compile(r"(AttnRes[A-Za-z]+)_(\d+)")
+_COUNTED = re.compile(r"(AttnRes[A-Za-z]+|SelectTokens|SelectTokensBudget)_(\d+)")
+_PLAIN = frozenset({"GatherTokens", "ScatterTokens", "SurpriseScore"})
 
 
 def library_path() -> Path | None:
@@ -87,17 +88,22 @@ def has_cuda_kernels() -> bool:
 
 
 def ops_entry(names: Iterable[str]) -> str:
-    """Return the value of ``OPS_ENTRY`` for some operators, counts in ranges: ``AttnResRead_2-9,AttnResInter_4``.
+    """Return the value of ``OPS_ENTRY`` for some operators, counts in ranges: ``AttnResRead_2-9,GatherTokens``.
 
     Registering every operator takes ONNX Runtime most of a second in each session, those of a model some milliseconds.
-    Names that are not depth-attention operators are left out.
+    Names of operators that the library does not have are left out.
     """
     counts: dict[str, set[int]] = {}
+    plain: set[str] = set()
     for name in names:
-        match = _NAME.fullmatch(name.rpartition("::")[2])
+        own = name.rpartition("::")[2]
+        match = _COUNTED.fullmatch(own)
         if match is not None:
             counts.setdefault(match[1], set()).add(int(match[2]))
-    return ",".join(f"{kind}_{span}" for kind in sorted(counts) for span in _spans(counts[kind]))
+        elif own in _PLAIN:
+            plain.add(own)
+    items = [f"{kind}_{span}" for kind in sorted(counts) for span in _spans(counts[kind])]
+    return ",".join(items + sorted(plain))
 
 
 def _spans(numbers: set[int]) -> list[str]:

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "op.h"
+#include "routing_op.h"
 #include "shapes.h"
 #include "status.h"
 #ifdef DEPTHWIRE_CUDA
@@ -54,19 +55,34 @@ OrtStatus* choose_backends(const OrtApi& api, const OrtSessionOptions* options, 
   return nullptr;
 }
 
+struct Specs {
+  std::vector<OpSpec> reads;
+  std::vector<RoutingSpec> routing;
+};
+
 // One item of the entry: a name, or a name with a range of counts.
-bool expand(const std::string& item, std::vector<OpSpec>& specs) {
+bool expand(const std::string& item, Specs& specs) {
   const std::size_t dash = item.rfind('_'), hyphen = item.rfind('-');
+  if (const auto spec = parse_routing_spec(item)) {
+    specs.routing.push_back(*spec);
+    return true;
+  }
   if (dash == std::string::npos) return false;
   const bool range = hyphen != std::string::npos && hyphen > dash;
-  const auto first = parse_spec(range ? item.substr(0, hyphen) : item);
-  const auto last = range ? parse_spec(item.substr(0, dash + 1) + item.substr(hyphen + 1)) : first;
+  const std::string begin = range ? item.substr(0, hyphen) : item;
+  const std::string end = range ? item.substr(0, dash + 1) + item.substr(hyphen + 1) : item;
+  const auto lowest = parse_routing_spec(begin), highest = parse_routing_spec(end);
+  if (lowest && highest) {
+    for (RoutingSpec spec = *lowest; spec.levels <= highest->levels; ++spec.levels) specs.routing.push_back(spec);
+    return true;
+  }
+  const auto first = parse_spec(begin), last = parse_spec(end);
   if (!first || !last) return false;
-  for (OpSpec spec = *first; spec.sources <= last->sources; ++spec.sources) specs.push_back(spec);
+  for (OpSpec spec = *first; spec.sources <= last->sources; ++spec.sources) specs.reads.push_back(spec);
   return true;
 }
 
-OrtStatus* chosen(const OrtApi& api, const std::string& entry, std::vector<OpSpec>& specs) {
+OrtStatus* chosen(const OrtApi& api, const std::string& entry, Specs& specs) {
   for (std::size_t begin = 0; begin < entry.size();) {
     const std::size_t comma = std::min(entry.find(',', begin), entry.size());
     const std::string item = entry.substr(begin, comma - begin);
@@ -93,16 +109,22 @@ OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions* options) {
   const std::string key = (present ? entry : "*") + "/" + std::to_string(backends.size());
   if (const auto known = domains.find(key); known != domains.end())
     return api.AddCustomOpDomain(options, known->second);
-  std::vector<OpSpec> specs;
+  Specs specs;
   if (present) {
     DEPTHWIRE_TRY(chosen(api, entry, specs));
   } else {
-    specs = all_specs();
+    specs = {all_specs(), all_routing_specs()};
   }
   OrtCustomOpDomain* domain = nullptr;
   DEPTHWIRE_TRY(api.CreateCustomOpDomain(kDomain, &domain));
+  // Where a provider lacks routing kernels, the CPU's would make each node copy its tensors to the host and back.
+  const bool routed = std::all_of(backends.begin(), backends.end(), [](const auto* each) { return each->route; });
   for (const Backend* backend : backends) {
-    for (const OpSpec& spec : specs) DEPTHWIRE_TRY(api.CustomOpDomain_Add(domain, custom_op(spec, *backend)));
+    for (const OpSpec& spec : specs.reads) DEPTHWIRE_TRY(api.CustomOpDomain_Add(domain, custom_op(spec, *backend)));
+    if (!routed) continue;
+    for (const RoutingSpec& spec : specs.routing) {
+      DEPTHWIRE_TRY(api.CustomOpDomain_Add(domain, routing_custom_op(spec, *backend)));
+    }
   }
   domains.emplace(key, domain);
   return api.AddCustomOpDomain(options, domain);
@@ -130,5 +152,5 @@ DEPTHWIRE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const 
 }
 
 // The version of the operators' interface, which depthwire/runtime/native/__init__.py asks for; and what runs them.
-DEPTHWIRE_EXPORT int DepthwireAbi() { return 1; }
+DEPTHWIRE_EXPORT int DepthwireAbi() { return 2; }
 DEPTHWIRE_EXPORT const char* DepthwireInstructionSet() { return depthwire::instruction_set(); }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "operands.h"
+#include "routing_op.h"
 #include "status.h"
 
 namespace depthwire {
@@ -122,7 +123,7 @@ OrtStatus* compute(const OrtApi& api, const OpSpec& spec, const Attributes& attr
 }  // namespace
 
 const Backend& cpu_backend() {
-  static const Backend backend{nullptr, compute};
+  static const Backend backend{nullptr, compute, compute_routing};
   return backend;
 }
 

@@ -41,10 +41,16 @@ struct Attributes {
   std::int64_t index = 0;
 };
 
-// One execution provider's implementation of all operators.
+struct RoutingSpec;
+struct RoutingAttributes;
+
+// One execution provider's implementation of the operators.
 struct Backend {
   const char* provider;  // null for the CPU
   OrtStatus* (*compute)(const OrtApi& api, const OpSpec& spec, const Attributes& attributes, OrtKernelContext* context);
+  // The routing operators (routing_op.h); null where the provider has no kernels for them.
+  OrtStatus* (*route)(const OrtApi& api, const RoutingSpec& spec, const RoutingAttributes& attributes,
+                      OrtKernelContext* context) = nullptr;
 };
 
 const Backend& cpu_backend();

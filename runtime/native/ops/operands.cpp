@@ -1,43 +1,10 @@
 #include "operands.h"
 
-#include <cstring>
-
-#include "status.h"
-
 namespace depthwire {
 
 namespace {
 
-constexpr std::size_t kMaxRank = 16;
 constexpr std::int64_t kMaxQueries = 4096;
-
-const char* type_name(ONNXTensorElementDataType type) {
-  switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-      return "float";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      return "float16";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
-      return "bfloat16";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
-      return "double";
-    default:
-      return "of another type";
-  }
-}
-
-std::string describe(const Tensor& tensor) {
-  std::string text = std::string(type_name(tensor.type)) + " [";
-  for (std::size_t i = 0; i < tensor.rank; ++i) {
-    if (i != 0) text += ", ";
-    text += std::to_string(tensor.shape[i]);
-  }
-  return text + "]";
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  return a.rank == b.rank && (a.rank == 0 || std::memcmp(a.shape, b.shape, a.rank * sizeof(*a.shape)) == 0);
-}
 
 struct Reader {
   const OrtApi& api;
@@ -45,14 +12,9 @@ struct Reader {
   const OrtKernelContext* context;
 
   OrtStatus* fetch(int index, Tensor& tensor) const {
-    const OrtValue* value = nullptr;
-    DEPTHWIRE_TRY(api.KernelContext_GetInput(context, static_cast<std::size_t>(index), &value));
-    if (value == nullptr) return refuse(api, spec, "input '" + spec.input_name(index) + "' is missing");
-    DEPTHWIRE_TRY(api.GetTensorElementTypeAndShapeDataReference(value, &tensor.type, &tensor.shape, &tensor.rank));
-    void* data = nullptr;
-    DEPTHWIRE_TRY(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    tensor.data = data;
-    return nullptr;
+    DEPTHWIRE_TRY(fetch_input(api, context, index, tensor));
+    if (tensor.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) return nullptr;
+    return refuse(api, spec, "input '" + spec.input_name(index) + "' is missing");
   }
 
   OrtStatus* wrong(int index, const Tensor& tensor, const std::string& wanted) const {

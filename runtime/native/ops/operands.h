@@ -3,15 +3,9 @@
 
 #include "kernels.h"
 #include "op.h"
+#include "tensor.h"
 
 namespace depthwire {
-
-struct Tensor {
-  const void* data = nullptr;
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  const std::int64_t* shape = nullptr;
-  std::size_t rank = 0;
-};
 
 struct Operands {
   Element element;           // of the sources

@@ -79,17 +79,53 @@ OrtStatus* infer(const OrtApi& api, const OpSpec& spec, OrtShapeInferContext* co
   return set_output(api, context, 1, row);
 }
 
+OrtStatus* infer_routing(const OrtApi& api, const RoutingSpec& spec, OrtShapeInferContext* context) {
+  Shape inputs[kMaxRoutingInputs];
+  for (int index = 0; index < spec.inputs(); ++index) DEPTHWIRE_TRY(input_shape(api, context, index, inputs[index]));
+  // A rank that cannot be is told when the node runs, by an error that names the input.
+  const auto axis = [](const Shape& shape, std::size_t at) {
+    return at < shape.axes.size() ? shape.axes[at] : Axis{-1, nullptr};
+  };
+  Shape first = inputs[0];
+  if (spec.kind == Routing::scatter) return set_output(api, context, 0, first);
+  if (spec.kind == Routing::gather) {
+    if (first.axes.size() > 1) first.axes[1] = axis(inputs[1], 1);
+    return set_output(api, context, 0, first);
+  }
+  const Axis batch = axis(first, 0);
+  if (spec.kind == Routing::surprise) {
+    const bool wide = first.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE;
+    const auto type = wide ? ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return set_output(api, context, 0, {type, {batch, axis(first, 1)}});
+  }
+  const Axis slots = axis(inputs[spec.inputs() - 1], 0);
+  DEPTHWIRE_TRY(set_output(api, context, 0, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {batch, slots}}));
+  DEPTHWIRE_TRY(set_output(api, context, 1, {ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, {batch, slots}}));
+  if (spec.kind == Routing::select) return nullptr;
+  return set_output(api, context, 2, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {batch, {2, nullptr}}});
+}
+
+// Runs an inference with the process's interface; nothing may be thrown into ONNX Runtime.
+template <class Infer>
+OrtStatus* guarded(const Infer& infer) {
+  const OrtApi& api = *interface_of_process.load();
+  try {
+    return infer(api);
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(ORT_FAIL, "depthwire: out of memory");
+  }
+}
+
 }  // namespace
 
 void set_api(const OrtApi* api) { interface_of_process = api; }
 
 OrtStatus* infer_output_shapes(const OpSpec& spec, OrtShapeInferContext* context) {
-  const OrtApi& api = *interface_of_process.load();
-  try {
-    return infer(api, spec, context);
-  } catch (const std::bad_alloc&) {
-    return api.CreateStatus(ORT_FAIL, "depthwire: out of memory");
-  }
+  return guarded([&](const OrtApi& api) { return infer(api, spec, context); });
+}
+
+OrtStatus* infer_routing_shapes(const RoutingSpec& spec, OrtShapeInferContext* context) {
+  return guarded([&](const OrtApi& api) { return infer_routing(api, spec, context); });
 }
 
 }  // namespace depthwire

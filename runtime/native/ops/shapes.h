@@ -2,6 +2,7 @@
 #pragma once
 
 #include "op.h"
+#include "routing_op.h"
 
 namespace depthwire {
 
@@ -9,5 +10,6 @@ namespace depthwire {
 void set_api(const OrtApi* api);
 
 OrtStatus* infer_output_shapes(const OpSpec& spec, OrtShapeInferContext* context);
+OrtStatus* infer_routing_shapes(const RoutingSpec& spec, OrtShapeInferContext* context);
 
 }  // namespace depthwire

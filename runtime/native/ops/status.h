@@ -5,8 +5,6 @@
 
 #include <string>
 
-#include "op.h"
-
 #define DEPTHWIRE_TRY(expression)                                           \
   do {                                                                      \
     if (OrtStatus* failed = (expression); failed != nullptr) return failed; \
@@ -14,7 +12,9 @@
 
 namespace depthwire {
 
-inline OrtStatus* refuse(const OrtApi& api, const OpSpec& spec, const std::string& text) {
+// `spec` is an OpSpec or a RoutingSpec.
+template <class Spec>
+inline OrtStatus* refuse(const OrtApi& api, const Spec& spec, const std::string& text) {
   return api.CreateStatus(ORT_INVALID_ARGUMENT, ("depthwire " + spec.name() + ": " + text).c_str());
 }
 

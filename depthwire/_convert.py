@@ -72,8 +72,9 @@ def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
 
         count = max(recipe.goldens.count, recipe.verify.windows if recipe.verify.enabled else 1)
         windows = _flow.make_windows(run.original, recipe, count)
-        goldens = make_goldens(run.original, windows[: recipe.goldens.count])
-        stage.detail = f"original run on {len(goldens.inputs)} of {len(windows)} windows"
+        goldens = make_goldens(run.rewritten.reference, windows[: recipe.goldens.count])
+        what = "original" if run.rewritten.route is None else "routed model"
+        stage.detail = f"{what} run on {len(goldens.inputs)} of {len(windows)} windows"
     with stages.stage("export", f"opset {opset}") as stage, disk_full_as_error(run.out, needed):
         from depthwire.export.to_onnx import to_onnx
         from depthwire.export.write import write_artifact
@@ -104,7 +105,7 @@ def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -
         if recipe.verify.enabled:
             # A file of inputs says itself how many windows there are.
             chosen = windows if recipe.goldens.inputs is not None else windows[: recipe.verify.windows]
-            verdict = verify_stage(artifact, run.original, run.rewritten.program, chosen, stages)
+            verdict = verify_stage(artifact, run.rewritten.reference, run.rewritten.program, chosen, stages)
         if recipe.build.enabled and has_engine(run.target):
             engine = build_stage(artifact, run.target, recipe.build, stages)
     except VerificationError as error:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from depthwire._outdir import check_file, disk_full_as_error, require_space
 from depthwire._results import Explanation, Inspection
+from depthwire._route import route_of
 from depthwire.artifact import MANIFEST, Artifact, Checkpoint
 from depthwire.errors import ExportError, InternalError, PassError, UsageError
 from depthwire.recipe import Recipe
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from depthwire.passes.analysis.residual_stream import ResidualStream
     from depthwire.program import Program
+    from depthwire.route_parts import RouteParts
     from depthwire.runtime.target import Target
     from depthwire.stages import Stages
 
@@ -72,11 +74,16 @@ class Rewritten:
         program: The rewritten program.
         structure: ``ResidualStream.as_dict()`` of the canonical one; ``None`` without a stream.
         checkpoints: The values at which layers are compared.
+        reference: What the compiled model must compute: the original, or, where layers are routed, the program with
+            the routing alone.
+        route: What is routed; ``None`` if nothing is.
     """
 
     program: Program
     structure: dict[str, Any] | None
     checkpoints: list[Checkpoint]
+    reference: Program
+    route: RouteParts | None = None
 
 
 def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stages: Stages) -> Rewritten:
@@ -95,15 +102,19 @@ def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stage
     with stages.stage("rewrite", recipe.attn_res or "no lift") as stage:
         from depthwire.export.checkpoints import checkpoints
         from depthwire.passes._pipeline import Pipeline
+        from depthwire.passes.route_tokens import RouteTokens
         from depthwire.passes.standard import canonical_pipeline, standard_pipeline
 
         front = canonical_pipeline()
+        canonical = front.run(program, progress=stage.update)
+        route = route_of(recipe.route, program, canonical)
         passes = standard_pipeline(
             attn_res=recipe.attn_res,
             correction=recipe.correction,
             queries=recipe.queries,
             attention="op" if target is None else target.attention,
             collapse=recipe.collapse_zero_queries,
+            route=route,
             schedule=None if target is None else recipe.schedule,
         ).passes
         # The structure shows in the canonical program alone: stop there on the way, instead of going there twice.
@@ -117,13 +128,15 @@ def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stage
                 got=", ".join(step.name for step in passes[:count]),
                 todo="Report this.",
             )
-        canonical = front.run(program, progress=stage.update)
         stream = _stream(canonical)
-        rewritten = Pipeline(passes[count:]).run(canonical, progress=stage.update)
+        routed = next((index for index, step in enumerate(passes) if isinstance(step, RouteTokens)), count - 1)
+        reference = Pipeline(passes[count : routed + 1]).run(canonical, progress=stage.update)
+        rewritten = Pipeline(passes[max(count, routed + 1) :]).run(reference, progress=stage.update)
         done = [f"{record.name} {record.rewrites}" for record in rewritten.history if record.rewrites]
         stage.detail = ": ".join(part for part in (stage.detail, ", ".join(done)) if part)
         structure = None if stream is None else stream.as_dict()
-        return Rewritten(rewritten, structure, checkpoints(canonical, stream))
+        kept = program if route is None else reference
+        return Rewritten(rewritten, structure, checkpoints(canonical, stream), kept, route)
 
 
 def _stream(canonical: Program) -> ResidualStream | None:

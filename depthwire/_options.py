@@ -24,12 +24,25 @@ class Options(TypedDict, total=False):
     batch: int
     seq_len: int | None
     image_size: int | None
+    padding: bool
     checkpoint_map: str | None
     attn_res: str | None
     correction: Literal["eps", "scale"]
     queries: str | Path | None
     collapse_zero_queries: bool
     schedule: Literal["auto", "single"]
+    route: str | Path | None
+    route_seed: int | None
+    route_layers: str | None
+    capacity: float | str | None
+    route_unit: Literal["block", "attention", "mlp"] | None
+    route_keys_values: Literal["selected", "all"] | None
+    route_rule: Literal["budget", "top-k"] | None
+    route_score: Literal["linear", "mod", "surprise", "timescale"] | None
+    route_gate: Literal["one", "score", "sigmoid", "surprise"] | None
+    route_fallback: Literal["identity", "linear", "swiglu"] | None
+    route_margin: int | None
+    route_window: int | None
     target: str
     opset: int | None
     goldens: int

@@ -34,6 +34,18 @@ def _attn_res(value: str | None) -> str | None:
     return value
 
 
+def _capacity(value: object) -> object:
+    """Check a capacity, or several with commas; YAML reads 0.5 as a number."""
+    if value is None:
+        return None
+    from depthwire.route import parse_capacity
+
+    text = str(value)
+    for part in text.split(","):
+        parse_capacity(part)
+    return text
+
+
 def _capability(value: object) -> object:
     """Spell a compute capability as the targets do; YAML reads 8.6 as a number."""
     from depthwire.runtime.target import parse_compute_capability
@@ -78,8 +90,44 @@ class SourceOptions(_Strict):
     """Tokens per sequence; the source's own default when absent."""
     image_size: Positive | None = None
     """Pixels per side of a vision model's input; the configuration's when absent."""
+    padding: bool = False
+    """Give a causal language model an ``attention_mask`` input, for padded and ragged batches."""
     checkpoint_map: str | None = None
     """How an AttnRes checkpoint calls its weights: ``kimi-k3``, ``fla``, ``paper`` or a YAML file."""
+
+
+class RouteOptions(_Strict):
+    """Which layers compute a share of the tokens only, and how these are chosen (``depthwire.route.RouteSpec``)."""
+
+    parts: FilePath | None = None
+    """``.safetensors`` with fitted routers, priors and thresholds; it holds the other fields but ``capacity``."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Draw untrained routers instead, to measure speed with."""
+    layers: str | None = None
+    """Routed layers, counted from 0: ``9,11,13``, ``8-20:2``, ``every:2`` or ``all``."""
+    capacity: Annotated[str | None, BeforeValidator(_capacity)] = None
+    """Share of the tokens that a routed layer computes, such as 0.5 or 50%; or one per layer, with commas."""
+    unit: Literal["block", "attention", "mlp"] | None = None
+    """What an unselected token skips (default ``block``: the whole layer)."""
+    keys_values: Literal["selected", "all"] | None = None
+    """Tokens that are keys and values of a routed attention (default ``selected``, which shrinks the K/V cache)."""
+    rule: Literal["budget", "top-k"] | None = None
+    """``budget``: causal, the default for causal language models; ``top-k`` of the sequence, the default for others."""
+    score: Literal["linear", "mod", "surprise", "timescale"] | None = None
+    """What ranks the tokens (default ``linear``)."""
+    gate: Literal["one", "score", "sigmoid", "surprise"] | None = None
+    """What a selected token's update is multiplied by (default ``one``)."""
+    fallback: Literal["identity", "linear", "swiglu"] | None = None
+    """What an unselected token's update is (default ``identity``: none)."""
+    margin: Annotated[int, Field(ge=0)] | None = None
+    """Tokens that a running budget grants beyond the share of those seen (default 1)."""
+    window: Annotated[int, Field(ge=0)] | None = None
+    """With ``top-k``, tokens per window that is selected from apart (default 0: the whole sequence)."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is routed."""
+        return any(value is not None for value in self.model_dump().values())
 
 
 class GoldenOptions(_Strict):
@@ -139,6 +187,7 @@ class Recipe(_Strict):
     """Turn reads whose query is zero back into a plain residual stream."""
     schedule: Literal["auto", "single"] = "auto"
     """Let reads share passes over their sources where that moves fewer bytes (``auto``), or never (``single``)."""
+    route: RouteOptions = RouteOptions()
     target: str = "ort-cpu"
     """What the artefact is for; ``depthwire targets`` lists them."""
     opset: Annotated[int, Field(ge=18)] | None = None

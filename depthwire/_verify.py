@@ -45,8 +45,9 @@ def verify(
     if not goldens_only:
         recipe = _recipe(artifact, options)
         original = _capture_again(artifact, source, recipe, stages)
-        rewritten = _flow.rewrite_stage(original, recipe, _target(recipe), stages).program
+        again = _flow.rewrite_stage(original, recipe, _target(recipe), stages)
         windows = _flow.make_windows(original, recipe, recipe.verify.windows)
+        original, rewritten = again.reference, again.program
     failure: DepthwireError | None = None
     try:
         report = verify_stage(artifact, original, rewritten, windows, stages)

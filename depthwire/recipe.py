@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from depthwire._recipe_model import BuildOptions, GoldenOptions, Recipe, SourceOptions, VerifyOptions
+from depthwire._recipe_model import (
+    BuildOptions,
+    GoldenOptions,
+    Recipe,
+    RouteOptions,
+    SourceOptions,
+    VerifyOptions,
+)
 from depthwire.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ __all__ = [
     "BuildOptions",
     "GoldenOptions",
     "Recipe",
+    "RouteOptions",
     "SourceOptions",
     "VerifyOptions",
     "dump_recipe",
@@ -45,12 +53,25 @@ OPTIONS: dict[str, Key] = {
     "batch": ("source", "batch"),
     "seq_len": ("source", "seq_len"),
     "image_size": ("source", "image_size"),
+    "padding": ("source", "padding"),
     "checkpoint_map": ("source", "checkpoint_map"),
     "attn_res": ("attn_res",),
     "correction": ("correction",),
     "queries": ("queries",),
     "collapse_zero_queries": ("collapse_zero_queries",),
     "schedule": ("schedule",),
+    "route": ("route", "parts"),
+    "route_seed": ("route", "seed"),
+    "route_layers": ("route", "layers"),
+    "capacity": ("route", "capacity"),
+    "route_unit": ("route", "unit"),
+    "route_keys_values": ("route", "keys_values"),
+    "route_rule": ("route", "rule"),
+    "route_score": ("route", "score"),
+    "route_gate": ("route", "gate"),
+    "route_fallback": ("route", "fallback"),
+    "route_margin": ("route", "margin"),
+    "route_window": ("route", "window"),
     "target": ("target",),
     "opset": ("opset",),
     "goldens": ("goldens", "count"),

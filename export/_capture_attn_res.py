@@ -48,7 +48,7 @@ def capture_attn_res(
         UsageError: An option has no effect, the map cannot be read, or ``seq_len`` is beyond the model's positions.
         CaptureError: The checkpoint is not whole, or does not fit the decoder.
     """
-    options.refuse("an AttnRes checkpoint", ("image_size", "trust_remote_code"), "The reference decoder reads tokens.")
+    options.refuse("an AttnRes checkpoint", ("image_size", "trust_remote_code", "padding"), "The reference decoder reads tokens.")
     from depthwire.models.checkpoints import load_checkpoint
 
     # A map may give the whole configuration; what a config.json rules out (adapters, quantisation) is checked first.

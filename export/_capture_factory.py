@@ -24,7 +24,7 @@ from depthwire.program import Program, Source, SourceKind
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-_SHAPE_OPTIONS = ("batch", "seq_len", "image_size", "task")
+_SHAPE_OPTIONS = ("batch", "seq_len", "image_size", "task", "padding")
 
 
 def capture_factory(reference: str, options: CaptureOptions) -> Program:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from depthwire.export._options import CaptureOptions
 
-_NO_EFFECT = ("batch", "seq_len", "task", "dtype", "trust_remote_code", "image_size", "example_inputs")
+_NO_EFFECT = ("batch", "seq_len", "task", "dtype", "trust_remote_code", "image_size", "example_inputs", "padding")
 _PLAIN_LEAVES = (Tensor, int, float, bool, str, type(None))
 
 

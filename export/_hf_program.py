@@ -46,7 +46,9 @@ def hf_program(
     if options.example_inputs is None:
         inputs = _pixels(model, options) if task == "vision" else _tokens(model, options, task)
     elif isinstance(options.example_inputs, Mapping):
-        options.refuse("a model with example inputs", ("batch", "seq_len", "image_size"), "The inputs fix the sizes.")
+        options.refuse(
+            "a model with example inputs", ("batch", "seq_len", "image_size", "padding"), "The inputs fix the sizes."
+        )
         inputs = dict(options.example_inputs)
     else:
         raise UsageError(
@@ -151,7 +153,7 @@ def _tokens(model: nn.Module, options: CaptureOptions, task: str) -> dict[str, T
         )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, int(config.vocab_size), (options.batch, length), generator=generator)
-    if task == "causal-lm":
+    if task == "causal-lm" and not options.padding:
         return {"input_ids": ids}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -179,7 +181,7 @@ def _native_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _pixels(model: nn.Module, options: CaptureOptions) -> dict[str, Tensor]:
-    options.refuse("a vision model", ("seq_len",), "Use image_size.")
+    options.refuse("a vision model", ("seq_len", "padding"), "Use image_size.")
     size = (options.image_size, options.image_size) if options.image_size else _native_size(model)
     if size is None:
         raise UsageError(

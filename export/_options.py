@@ -29,6 +29,7 @@ class CaptureOptions:
     image_size: int | None = None
     example_inputs: ExampleInputs | None = None
     checkpoint_map: str | None = None
+    padding: bool = False
 
     def check(self) -> None:
         """Refuse values that cannot be meant whatever the source is.

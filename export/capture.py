@@ -35,6 +35,7 @@ def capture(
     image_size: int | None = None,
     example_inputs: ExampleInputs | None = None,
     checkpoint_map: str | None = None,
+    padding: bool = False,
 ) -> Program:
     """Load a model and export it.
 
@@ -51,6 +52,7 @@ def capture(
         example_inputs: Tensors by the names of ``forward``'s parameters, or in its order; a plain module needs them.
         checkpoint_map: Load AttnRes weights into the reference decoder by their names: ``kimi-k3``, ``fla``,
             ``paper``, or a YAML file; for directories and hub ids.
+        padding: Give a causal language model an ``attention_mask [batch, seq_len]`` input, 0 for padding.
 
     Returns:
         The program: functional, static, in eval mode, every node with its ``nn_module_stack``, weights in their
@@ -61,7 +63,7 @@ def capture(
         CaptureError: The source is missing, unsafe, not whole or not supported, or ``torch.export`` refuses it.
     """
     options = CaptureOptions(
-        batch, seq_len, task, dtype, revision, trust_remote_code, image_size, example_inputs, checkpoint_map
+        batch, seq_len, task, dtype, revision, trust_remote_code, image_size, example_inputs, checkpoint_map, padding
     )
     options.check()
     if isinstance(source, nn.Module):

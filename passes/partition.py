@@ -79,7 +79,7 @@ class Partition:
                 )
             boundaries = {number * count // self.size for number in range(self.size)}
             return [position in boundaries for position in range(count)]
-        layers = _layer_starts(kinds)
+        layers = layer_starts(kinds)
         if not any(layers):
             raise PassError(
                 "attn-res.no-layers",
@@ -106,7 +106,7 @@ class Partition:
         return starts
 
 
-def _layer_starts(kinds: Sequence[str]) -> list[bool]:
+def layer_starts(kinds: Sequence[str]) -> list[bool]:
     """Tell which sublayers start a layer: the first attention after something else (cross-attention goes with it)."""
     joins = "mlp" in kinds
     return [

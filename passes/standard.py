@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal
 from depthwire.passes._pipeline import Pipeline
 from depthwire.passes.canonicalize_constants import CanonicalizeConstants
 from depthwire.passes.canonicalize_views import CanonicalizeViews
+from depthwire.passes.fuse_attention import FuseAttention
 from depthwire.passes.fuse_norm import FuseNorm
 from depthwire.passes.fuse_read_add import FuseReadAdd
 from depthwire.passes.fuse_read_norm import FuseReadNorm
+from depthwire.passes.fuse_rotary import FuseRotary
 from depthwire.passes.legalize_attention import LegalizeAttention
 from depthwire.passes.legalize_experts import LegalizeExperts
 from depthwire.passes.legalize_writes import LegalizeWrites
@@ -20,6 +22,7 @@ from depthwire.passes.recognize_triangular_inverse import RecognizeTriangularInv
 from depthwire.passes.remove_noops import RemoveNoops
 from depthwire.passes.remove_trivial_reads import RemoveTrivialReads
 from depthwire.passes.remove_zero_queries import RemoveZeroQueries
+from depthwire.passes.route_tokens import RouteTokens
 from depthwire.passes.schedule_two_phase import ScheduleTwoPhase
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from depthwire.passes._base import Pass
     from depthwire.passes.schedule_two_phase import Policy
+    from depthwire.route_parts import RouteParts
 
 
 def canonical_pipeline(*, verify: bool = True) -> Pipeline:
@@ -42,6 +46,7 @@ def standard_pipeline(
     queries: Path | None = None,
     attention: Literal["op", "decomposed"] = "decomposed",
     collapse: bool = False,
+    route: RouteParts | None = None,
     schedule: Policy | None = None,
 ) -> Pipeline:
     """Return the passes of ``depthwire convert``.
@@ -52,8 +57,9 @@ def standard_pipeline(
         queries: Trained queries.
         attention: Whether the target takes attention as one operator.
         collapse: Turn reads whose query is zero back into a plain residual stream.
+        route: Which layers compute which tokens, and the routers; ``None`` computes all.
         schedule: How reads are executed (fused, and in two phases where it pays); ``None`` leaves them single
-            operators, for training.
+            operators, and attention and rotary positions as the model wrote them, for training.
 
     Raises:
         UsageError: ``attn_res`` cannot be read.
@@ -64,8 +70,10 @@ def standard_pipeline(
     passes.append(RemoveTrivialReads())
     if collapse:
         passes.append(RemoveZeroQueries())
+    if route is not None:
+        passes.append(RouteTokens(route))
     if schedule is not None:
-        passes += [ScheduleTwoPhase(schedule), FuseReadNorm(), FuseReadAdd()]
+        passes += [ScheduleTwoPhase(schedule), FuseReadNorm(), FuseReadAdd(), FuseAttention(), FuseRotary()]
     passes += [LegalizeExperts(), LegalizeWrites()]
     if attention == "decomposed":
         passes.append(LegalizeAttention())

@@ -39,6 +39,12 @@ def source_options(function: F) -> F:
             click.option("--seq-len", type=int, help="Tokens per sequence."),
             click.option("--image-size", type=int, help="Pixels per side of a vision model's input."),
             click.option(
+                "--padding",
+                is_flag=True,
+                default=None,
+                help="Give a causal language model an attention_mask input.",
+            ),
+            click.option(
                 "--checkpoint-map",
                 metavar="kimi-k3|fla|paper|FILE",
                 help="Load AttnRes weights by their names into the reference decoder.",
@@ -78,6 +84,29 @@ def lift_options(function: F) -> F:
             ),
         ]
     )(function)
+
+
+def route_options(function: F) -> F:
+    """Add what decides which layers compute which tokens."""
+
+    def choice(name: str, values: Sequence[str], text: str) -> Callable[[Any], Any]:
+        return click.option(f"--route-{name}", type=click.Choice(list(values)), help=text)
+
+    options: list[Callable[[F], F]] = [
+        click.option("--route", type=FILE, help="Fitted routers, priors and thresholds (.safetensors)."),
+        click.option("--route-seed", type=int, help="Draw untrained routers instead, to measure speed with."),
+        click.option("--route-layers", metavar="LIST", help="Routed layers: 9,11,13 or 8-20:2, every:2, all."),
+        click.option("--capacity", metavar="SHARE", help="Tokens that a routed layer computes: 0.5 or 50%."),
+        choice("unit", ("block", "attention", "mlp"), "What an unselected token skips (default block)."),
+        choice("keys-values", ("selected", "all"), "Keys and values of a routed attention (default selected)."),
+        choice("rule", ("budget", "top-k"), "budget is causal (default for causal LMs); top-k looks ahead."),
+        choice("score", ("linear", "mod", "surprise", "timescale"), "What ranks the tokens (default linear)."),
+        choice("gate", ("one", "score", "sigmoid", "surprise"), "Factor on a selected update (default one)."),
+        choice("fallback", ("identity", "linear", "swiglu"), "Update of an unselected token (default identity)."),
+        click.option("--route-margin", type=int, help="Tokens that a budget grants at once (default 1)."),
+        click.option("--route-window", type=int, help="Tokens per window that top-k selects from apart."),
+    ]
+    return _group(options)(function)
 
 
 def schedule_options(function: F) -> F:

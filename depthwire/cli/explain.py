@@ -13,6 +13,7 @@ from depthwire.cli._ui import Ui, verb
 @click.command("explain")
 @_options.source_argument(required=True)
 @_options.lift_options
+@_options.route_options
 @_options.schedule_options
 @_options.target_options
 @_options.source_options

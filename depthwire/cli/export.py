@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @_options.source_argument(required=False)
 @click.option("-o", "--out", type=_options.FILE, help="Directory to write; an artefact there is replaced.")
 @_options.lift_options
+@_options.route_options
 @_options.schedule_options
 @_options.target_options
 @_options.source_options

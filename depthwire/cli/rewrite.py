@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @_options.source_argument(required=True)
 @click.option("-o", "--out", "file", type=_options.FILE, required=True, help="The .pt2 file to write.")
 @_options.lift_options
+@_options.route_options
 @_options.source_options
 @verb
 def command(ui: Ui, *, source: str, file: Path, **options: Any) -> None:

@@ -25,12 +25,13 @@ def rotary_tables(length: int, config: AttnResConfig, like: Tensor) -> tuple[Ten
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x [..., length, head_dim]`` by the angles of ``rotary_tables``."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _repeat(x: Tensor, groups: int) -> Tensor:
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
     """Give every query head its key head: ``[batch, heads, length, dim]`` to ``[batch, heads * groups, …]``."""
     batch, heads, length, dim = x.shape
     return x.unsqueeze(2).expand(batch, heads, groups, length, dim).reshape(batch, heads * groups, length, dim)
@@ -59,10 +60,10 @@ class Attention(nn.Module):
         query = self._split(self.q_proj(x), self.heads)
         key = self._split(self.k_proj(x), self.kv_heads)
         value = self._split(self.v_proj(x), self.kv_heads)
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = self.heads // self.kv_heads
         if groups > 1:
-            key, value = _repeat(key, groups), _repeat(value, groups)
+            key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return cast("Tensor", self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)))
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "selftest.h"
 
 using depthwire::Element;
 
@@ -292,6 +293,7 @@ int main() {
                   checker.failed);
       failed += checker.failed;
     }
+    failed += check_routing(name);
   }
   return failed == 0 ? 0 : 1;
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from onnx import TensorProto, helper
 
@@ -128,4 +127,5 @@ def _levels(score: Tensor) -> int:
 
 def _array(tensor: Tensor) -> NDArray[Any]:
     wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    return np.ascontiguousarray(wide.contiguous().numpy())
+    array: NDArray[Any] = wide.contiguous().numpy()
+    return array

@@ -55,7 +55,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probe")
     includes = [f"-I{path}" for path in (NATIVE / "ops", NATIVE / "kernels", NATIVE / "cuda")]
     system = [part for path in (HEADERS[-1], CUDA) for part in ("-isystem", str(path))]
-    ours = [NATIVE / "ops" / f"{name}.cpp" for name in ("op", "custom_op", "shapes", "operands")]
+    ours = [NATIVE / "ops" / f"{name}.cpp" for name in ("op", "custom_op", "shapes", "operands", "routing_op")]
     cuda = [NATIVE / "cuda" / f"{name}.cpp" for name in ("driver", "bundle", "cuda_backend")]
     flags = [
         "-std=c++20",

@@ -23,6 +23,9 @@ def selftest(build: str, *emulator: str) -> set[str]:
     lines = re.findall(r"^(\w+) element [012]: (\d+) comparisons, 0 failed$", done.stdout, re.MULTILINE)
     assert all(int(number) > 200 for _, number in lines)
     assert len(lines) == 3 * len({name for name, _ in lines}) > 0
+    routing = re.findall(r"^(\w+) routing: (\d+) comparisons, 0 failed$", done.stdout, re.MULTILINE)
+    assert all(int(number) > 200 for _, number in routing)
+    assert {name for name, _ in routing} == {name for name, _ in lines}
     return {name for name, _ in lines}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,15 +36,34 @@ class OnnxOperator(ABC):
         """Return the function body for the arity and dtype of one node."""
 
 
+@dataclass(frozen=True)
+class Type:
+    """The type of an operator's inputs and results: one type, or a variable that all parameters of its name share.
+
+    Attributes:
+        name: ``tensor(int64)`` and such, or the name of a variable.
+        admits: What a variable may stand for; nothing for one type.
+        doc: What a variable is the type of.
+    """
+
+    name: str
+    admits: tuple[str, ...] = ()
+    doc: str = ""
+
+
+FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
+WIDE_FLOATS = ("tensor(float)", "tensor(double)")
+ARITHMETIC = Type("W", WIDE_FLOATS, "The dtype of the arithmetic.")
+INT64 = Type("tensor(int64)")
+BOOL = Type("tensor(bool)")
+
+
 def register_schema(
     op_type: str,
     doc: str,
     *,
-    vectors: Sequence[str],
-    tensors: Sequence[str],
-    wide: Sequence[str] = (),
-    outputs: Sequence[str],
-    wide_outputs: Sequence[str] = (),
+    inputs: Sequence[tuple[str, Type]],
+    outputs: Sequence[tuple[str, Type]],
     floats: Sequence[str] = (),
     ints: Sequence[str] = (),
 ) -> None:
@@ -52,11 +72,8 @@ def register_schema(
     Args:
         op_type: Name with the arity.
         doc: One sentence.
-        vectors: Inputs of any floating dtype: queries and gains. They come first.
-        tensors: Inputs of the sources' dtype T, in order behind them; those in ``wide`` are of the arithmetic's.
-        wide: Which of the ``tensors`` are fp32 (fp64 beside fp64 sources).
-        outputs: Results of dtype T; those in ``wide_outputs`` are of the arithmetic's.
-        wide_outputs: Which of the ``outputs`` are fp32 (fp64).
+        inputs: Names and types, in order.
+        outputs: Names and types, in order.
         floats: Float attributes, all required.
         ints: Integer attributes, all required.
     """
@@ -65,30 +82,33 @@ def register_schema(
     if onnx.defs.has(op_type, DOMAIN):
         return
     schema = onnx.defs.OpSchema
-    types = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
-
-    def parameter(name: str, of: str) -> Any:
-        return schema.FormalParameter(name, of)
-
-    # Vectors may differ among themselves: a gain is of the model's dtype, a query is fp32.
-    inputs = [parameter(name, f"Q{index}") for index, name in enumerate(vectors)]
-    inputs += [parameter(name, "W" if name in wide else "T") for name in tensors]
-    constraints = [(f"Q{index}", types, "A query or a gain.") for index in range(len(vectors))]
-    constraints.append(("T", types, "Sources and results."))
-    if wide or wide_outputs:
-        constraints.append(("W", ["tensor(float)", "tensor(double)"], "The dtype of the arithmetic."))
+    variables = {kind.name: kind for _, kind in (*inputs, *outputs) if kind.admits}
     onnx.defs.register_schema(
         schema(
             op_type,
             DOMAIN,
             VERSION,
             doc=doc,
-            inputs=inputs,
-            outputs=[parameter(name, "W" if name in wide_outputs else "T") for name in outputs],
-            type_constraints=constraints,
+            inputs=[schema.FormalParameter(name, kind.name) for name, kind in inputs],
+            outputs=[schema.FormalParameter(name, kind.name) for name, kind in outputs],
+            type_constraints=[(kind.name, list(kind.admits), kind.doc) for kind in variables.values()],
             attributes=[
-                *(schema.Attribute(name, onnx.defs.OpSchema.AttrType.FLOAT, required=True) for name in floats),
-                *(schema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, required=True) for name in ints),
+                *(schema.Attribute(name, schema.AttrType.FLOAT, required=True) for name in floats),
+                *(schema.Attribute(name, schema.AttrType.INT, required=True) for name in ints),
             ],
         )
     )
+
+
+def function_text(signature: str, lines: Sequence[str], opset: int) -> str:
+    """Return a function body in ONNX's text format: ``Name <attributes>(inputs) => (outputs)`` and its lines."""
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
+    return "\n".join([header, signature, "{", *(f"  {line}" for line in lines), "}"])
+
+
+def parse(text: str) -> ir.Function:
+    """Return the function of a text."""
+    import onnx.parser
+    import onnx_ir as ir
+
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))

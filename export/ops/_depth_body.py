@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from depthwire.export.ops._base import DOMAIN
+from depthwire.export.ops._base import function_text
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read_body(form: ReadForm, *, opset: int, widen: bool) -> str:
     lines.append(f"out = CastLike({mixed}, {like})" if widen else f"out = Identity({mixed})")
     attributes = ", ".join((*form.floats, *form.ints))
     inputs, outputs = ", ".join((*form.vectors, *form.tensors)), ", ".join(form.outputs)
-    return _function(f"{form.name} <{attributes}>({inputs}) => ({outputs})", lines, opset)
+    return function_text(f"{form.name} <{attributes}>({inputs}) => ({outputs})", lines, opset)
 
 
 def inter_body(arity: int, *, opset: int, widen: bool, double: bool = False) -> str:
@@ -163,7 +163,7 @@ def inter_body(arity: int, *, opset: int, widen: bool, double: bool = False) -> 
         f"lse = {'Cast<to = 11>' if double else 'Identity'}(shaped_lse)",  # TensorProto.DOUBLE
         "out = CastLike(shaped, source_0)" if widen else "out = Identity(shaped)",
     ]
-    return _function(f"AttnResInter_{arity} <eps, scale>(queries, {', '.join(names)}) => (out, lse)", lines, opset)
+    return function_text(f"AttnResInter_{arity} <eps, scale>(queries, {', '.join(names)}) => (out, lse)", lines, opset)
 
 
 def _logits(values: list[str], query: str) -> list[str]:
@@ -205,8 +205,3 @@ def _mix(lines: list[str], values: list[str], logits: list[str], *, unit: bool) 
         lines.append(f"sum_{i} = Add({total}, term_{i})")
         total = f"sum_{i}"
     return total
-
-
-def _function(signature: str, lines: list[str], opset: int) -> str:
-    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
-    return "\n".join([header, signature, "{", *(f"  {line}" for line in lines), "}"])

@@ -15,7 +15,16 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from depthwire.export.ops._base import DOMAIN, VERSION, OnnxOperator, register_schema
+from depthwire.export.ops._base import (
+    ARITHMETIC,
+    DOMAIN,
+    FLOATS,
+    VERSION,
+    OnnxOperator,
+    Type,
+    parse,
+    register_schema,
+)
 from depthwire.export.ops._depth_body import ReadForm, inter_body, read_body
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+_SOURCES = Type("T", FLOATS, "Sources and results.")
 _INTER = re.compile(r"AttnResInter_(\d+)")
 
 
@@ -62,10 +72,11 @@ class ReadOnnx(OnnxOperator):
         register_schema(
             form.name,
             "Softmax attention over depth: out = sum_i softmax_i(scale (query . s_i) rstd(s_i)) s_i.",
-            vectors=form.vectors,
-            tensors=form.tensors,
-            wide=("inter_lse",),
-            outputs=form.outputs,
+            inputs=[
+                *_vectors(form.vectors),
+                *((name, ARITHMETIC if name == "inter_lse" else _SOURCES) for name in form.tensors),
+            ],
+            outputs=[(name, _SOURCES) for name in form.outputs],
             floats=form.floats,
             ints=form.ints,
         )
@@ -94,7 +105,7 @@ class ReadOnnx(OnnxOperator):
         form = self._form(node.op_type)
         if form is None:
             raise ValueError(node.op_type)
-        return _parse(read_body(form, opset=opset, widen=_narrow(node.inputs[len(form.vectors)])))
+        return parse(read_body(form, opset=opset, widen=_narrow(node.inputs[len(form.vectors)])))
 
 
 class InterOnnx(OnnxOperator):
@@ -114,10 +125,8 @@ class InterOnnx(OnnxOperator):
             register_schema(
                 name,
                 "For each of S queries the softmax mean of the sources [S, ..., d], and the logsumexp [S, ...].",
-                vectors=("queries",),
-                tensors=tuple(f"source_{i}" for i in range(len(sources))),
-                outputs=("out", "lse"),
-                wide_outputs=("lse",),
+                inputs=[*_vectors(["queries"]), *((f"source_{i}", _SOURCES) for i in range(len(sources)))],
+                outputs=[("out", _SOURCES), ("lse", ARITHMETIC)],
                 floats=("eps", "scale"),
             )
             return getattr(Opset(DOMAIN, VERSION), name)(queries, *sources, eps=eps, scale=scale)
@@ -137,7 +146,7 @@ class InterOnnx(OnnxOperator):
 
         source = node.inputs[1]
         double = source is not None and source.dtype == ir.DataType.DOUBLE
-        return _parse(inter_body(int(match[1]), opset=opset, widen=_narrow(source), double=double))
+        return parse(inter_body(int(match[1]), opset=opset, widen=_narrow(source), double=double))
 
 
 def _narrow(source: ir.Value | None) -> bool:
@@ -146,8 +155,6 @@ def _narrow(source: ir.Value | None) -> bool:
     return source is None or source.dtype != ir.DataType.FLOAT
 
 
-def _parse(text: str) -> ir.Function:
-    import onnx.parser
-    import onnx_ir as ir
-
-    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+def _vectors(names: Sequence[str]) -> list[tuple[str, Type]]:
+    # They may differ among themselves: a gain is of the model's dtype, a query is fp32.
+    return [(name, Type(f"Q{index}", FLOATS, "A query or a gain.")) for index, name in enumerate(names)]

@@ -53,7 +53,8 @@ class Translator:
 
         Args:
             opset: ONNX opset to translate to.
-            custom: Qualified torch name -> onnxscript callable; of operators that are not registered nothing is used.
+            custom: Qualified torch name, with the overload unless it is the default -> onnxscript callable; of
+                operators that are not registered nothing is used.
         """
         with _quiet():
             from torch.onnx._internal.exporter import _registration
@@ -61,9 +62,10 @@ class Translator:
             self._registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
             for name, function in custom.items():
                 namespace, op = name.split("::")
+                op, _, overload = op.partition(".")
                 packet = getattr(getattr(torch.ops, namespace), op, None)
                 if packet is not None:  # else its package is not imported, so no program can hold it
-                    self._registry.register_op(packet.default, function)
+                    self._registry.register_op(getattr(packet, overload or "default"), function)
 
     def missing(self, exported: ExportedProgram) -> list[torch.fx.Node]:
         """Return the calls that have no translation."""

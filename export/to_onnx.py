@@ -101,6 +101,7 @@ def _clean(model: ir.Model) -> None:
     from onnx_ir.passes import common as passes
     from onnxscript import optimizer
 
+    from depthwire.export._attention_heads import AttentionHeads
     from depthwire.export._transpose_weights import TransposeWeights
 
     with logs_disabled(logging.WARNING):
@@ -112,6 +113,7 @@ def _clean(model: ir.Model) -> None:
             passes.RemoveUnusedNodesPass(),
             passes.CommonSubexpressionEliminationPass(),
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            AttentionHeads(),
             passes.RemoveUnusedNodesPass(),
             passes.RemoveUnusedOpsetsPass(),
         )(model)

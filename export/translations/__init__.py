@@ -9,10 +9,15 @@ if TYPE_CHECKING:
 
 
 def translations() -> dict[str, Callable[..., Any]]:
-    """Return qualified torch name -> callable that emits the ONNX nodes for one call."""
+    """Return qualified torch name, with the overload unless it is the default -> callable that emits the ONNX nodes."""
     from depthwire.export.translations.grouped_mm import aten_grouped_mm, grouped_mm
+    from depthwire.export.translations.rotary_embedding import rotary_embedding
 
-    return {"transformers::grouped_mm_fallback": grouped_mm, "aten::_grouped_mm": aten_grouped_mm}
+    return {
+        "transformers::grouped_mm_fallback": grouped_mm,
+        "aten::_grouped_mm": aten_grouped_mm,
+        "onnx::RotaryEmbedding.opset23": rotary_embedding,
+    }
 
 
 __all__ = ["translations"]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from depthwire.export.ops._token_body import budget_body, steps, top_k_body
+from depthwire.export.ops.move_tokens import scatter_body
+from depthwire.export.ops.surprise_score import surprise_body
 from depthwire.ops import select_tokens, select_tokens_budget
 from depthwire.runtime.tolerances import tolerance
 from tests.onnx_routing import (
@@ -84,6 +89,7 @@ def test_running_budget(case: SelectCase) -> None:
     assert_same(run(budget_model(t), t), expected_budget(t))
 
 
+@functools.cache
 def wide_table(seed: int) -> SelectOperands:
     """5,000 rows of every kind of scores and padding, as one batch."""
     parts = [
@@ -173,6 +179,31 @@ def test_the_surprise_of_unsurprising_tokens_still_ranks_them() -> None:
     assert float((rank[0, 1:] / exact - 1).abs().max()) < 64 * 2.0**-19
 
 
+OTHER_RUNTIMES = [
+    SelectCase(1, 1, 3),
+    SelectCase(33, 16, 3, "ties", "ragged"),
+    SelectCase(36, 36, 2, "infinite", "all", window=9),
+    SelectCase(36, 12, 3, "nan", "left", window=12),
+    SelectCase(36, 12, 3, "denormal", "right", threshold=0.0, state=(9, 2)),
+]
+
+
+@pytest.mark.parametrize("case", OTHER_RUNTIMES, ids=str)
+def test_the_selections_are_the_same_in_onnxs_evaluator_and_without_optimization(case: SelectCase) -> None:
+    t = select_operands(case)
+    pairs: list[tuple[onnx.ModelProto, tuple[Tensor, ...]]] = [
+        (top_k_model(t, case.window), expected_top_k(t.score, t.valid, case.slots, case.window)),
+        (budget_model(t), expected_budget(t)),
+    ]
+    plain = onnxruntime.SessionOptions()
+    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for model, right in pairs:
+        arrays = {value.name: feeds(t)[value.name] for value in model.graph.input}
+        unfolded = onnxruntime.InferenceSession(model.SerializeToString(), plain, providers=["CPUExecutionProvider"])
+        for runtime in (unfolded, ReferenceEvaluator(model)):
+            assert_same([torch.from_numpy(np.asarray(out)) for out in runtime.run(None, arrays)], right)
+
+
 SABOTAGE = [
     (top_k_body, "equal = And(at_kth, ranked_valid)", "equal = Identity(at_kth)"),
     (top_k_body, "LessOrEqual(place, left)", "Less(place, left)"),
@@ -188,21 +219,64 @@ SABOTAGE = [
 ]
 
 
+@functools.cache
+def right_answers(seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    t = wide_table(seed)
+    return expected_top_k(t.score, t.valid, 20, 12), expected_budget(t)
+
+
 @pytest.mark.parametrize(("make", "line", "wrong"), SABOTAGE)
 def test_a_wrong_line_is_seen(make: Callable[..., str], line: str, wrong: str) -> None:
     t = wide_table(3)
     budget = make is budget_body
     model = budget_model(t) if budget else top_k_model(t, 12)
-    text = make(steps(48), opset=OPSET)
-    assert line in text
-    model.functions[0].CopyFrom(onnx.parser.parse_function(text.replace(line, wrong)))
-    right = expected_budget(t) if budget else expected_top_k(t.score, t.valid, 20, 12)
+    model = with_body(model, make(steps(48), opset=OPSET), line, wrong)
+    right = right_answers(3)[budget]
     try:
         wrong_out = run(model, t)
     except InvalidArgument as error:
         assert "out of data bounds" in str(error)  # noqa: PT017 - a place beyond the row is one way to be seen
     else:
         assert not all(torch.equal(a, b) for a, b in zip(wrong_out, right, strict=True))
+
+
+def with_body(model: onnx.ModelProto, text: str, line: str, wrong: str) -> onnx.ModelProto:
+    assert line in text
+    model.functions[0].CopyFrom(onnx.parser.parse_function(text.replace(line, wrong)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("Where(valid, found_static, first)", "Identity(found_static)"),  # padding's NaN would reach the averages
+        ("Slice(rows, one, columns_end, two)", "Slice(rows, zero, tokens, two)"),  # a window that ends one too early
+        ("Where(valid, iota, end)", "Where(valid, end, iota)"),
+        ("Sub(static, surplus)", "Sub(static, change)"),
+        ("Mul(beta_cu, unexpected_change)", "Mul(beta_ce, unexpected_change)"),
+        ("Where(valid, found_rank, null)", "Identity(found_rank)"),
+    ],
+)
+def test_a_wrong_line_of_the_surprise_is_seen(line: str, wrong: str) -> None:
+    case = SurpriseCase(40, 64, 3, padding="left", window=10)
+    t = surprise_operands(case)
+    exact = expected_surprise(case, t)
+    (rank,) = run(with_body(surprise_model(t, 10), surprise_body(opset=OPSET), line, wrong), t)
+    allowed = tolerance("float32", "layer").allowed(float(exact.max()))
+    assert not float((rank.double() - exact).abs().max()) <= allowed  # NaN counts as wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("Where(mask, wide_rows, wide_held)", "Identity(wide_rows)"),
+        ("Expand(row_column, column_shape)", "Mul(column, zero)"),  # every row into the first
+    ],
+)
+def test_a_wrong_line_of_the_scatter_is_seen(line: str, wrong: str) -> None:
+    t = move_operands(MoveCase(9, 4, 3, (5,)))
+    (out,) = run(with_body(scatter_model(t), scatter_body(opset=OPSET, widen=False), line, wrong), t)
+    assert not torch.equal(out, expected_moves(t)[1])
 
 
 def test_l_reaches_over_the_tokens_and_no_further() -> None:

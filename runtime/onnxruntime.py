@@ -169,8 +169,8 @@ def kernel_options(
     return None
 
 
-def reads_run_by(artifact: Artifact, *, kernels: bool | None = None) -> str | None:
-    """Return what runs the depth-attention operators of an artefact on the CPU.
+def operators_run_by(artifact: Artifact, *, kernels: bool | None = None) -> str | None:
+    """Return what runs the depth-attention and routing operators of an artefact on the CPU.
 
     Such as ``avx512 kernels`` or ``function bodies``, or ``None`` where the graph has no such operator.
     """

@@ -126,8 +126,10 @@ def _run(
             todo="Check that the artefact opens ('depthwire inspect') and that the windows fit its inputs.",
         ) from error
     outputs: dict[str, list[Arrays]] = {}
+    route = artifact.manifest.route
+    carried = None if route is None else route.states_out  # the file's alone: programs have no such output
     for label, iterations in results.items():
-        outputs[label] = [dict(iteration.items()) for iteration in iterations]
+        outputs[label] = [{name: item for name, item in each.items() if name != carried} for each in iterations]
     return outputs
 
 
@@ -161,10 +163,10 @@ def _place(
 def _runtime(artifact: Artifact, *, kernels: bool | None) -> dict[str, str]:
     import onnxruntime
 
-    from depthwire.runtime.onnxruntime import reads_run_by
+    from depthwire.runtime.onnxruntime import operators_run_by
 
-    reads = reads_run_by(artifact, kernels=kernels)
-    return {"onnxruntime": str(onnxruntime.__version__)} | ({} if reads is None else {"reads by": reads})
+    ran_by = operators_run_by(artifact, kernels=kernels)
+    return {"onnxruntime": str(onnxruntime.__version__)} | ({} if ran_by is None else {"operators by": ran_by})
 
 
 def _silent(_: str) -> None:

@@ -6,8 +6,8 @@
 namespace depthwire {
 
 // Bytes that are moved or fetched below which a second thread costs more than it brings, and those of one task.
-constexpr std::int64_t kAloneBytes = 384 * 1024;
-constexpr std::int64_t kTaskBytes = 192 * 1024;
+constexpr std::int64_t kAloneBytes = 1536 * 1024;
+constexpr std::int64_t kTaskBytes = 384 * 1024;
 
 // Calls run(first, last) for parts of [0, count), items of so many bytes, side by side where that pays.
 template <class Run>

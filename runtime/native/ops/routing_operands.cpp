@@ -104,17 +104,19 @@ struct Checker {
     return like(3, {nullptr, base.type, shape, base.rank}, ", as 'base' and 'index' are");
   }
 
+  static bool floating(const Tensor& tensor) {
+    return tensor.type == kFloat || tensor.type == kDouble || tensor.type == kHalf || tensor.type == kBfloat;
+  }
+
   OrtStatus* surprise(std::int64_t window) const {
     const Tensor& delta = input(0);
-    const bool typed = delta.type == kFloat || delta.type == kDouble || delta.type == kHalf || delta.type == kBfloat;
-    if (!typed || delta.rank != 3 || delta.shape[2] < 1) {
+    if (!floating(delta) || delta.rank != 3 || delta.shape[2] < 1) {
       return wrong(0, "float, float16, bfloat16 or double [B, T, width] with a width");
     }
     operands.batch = delta.shape[0], operands.tokens = delta.shape[1], operands.row = delta.shape[2];
     DEPTHWIRE_TRY(like(1, delta, ", as 'delta'"));
     const Tensor& criteria = input(2);
-    const bool known = criteria.type == kFloat || criteria.type == kDouble || criteria.type == delta.type;
-    if (!known || criteria.rank != 1 || criteria.shape[0] != 4) return wrong(2, "float [4]");
+    if (!floating(criteria) || criteria.rank != 1 || criteria.shape[0] != 4) return wrong(2, "float [4]");
     DEPTHWIRE_TRY(exact(3, kBool, {operands.batch, operands.tokens}));
     if (window >= 1 && window <= kLongestWindow) return nullptr;
     return refuse(api, spec, "attribute 'window' is " + std::to_string(window) + ", wanted from 1 to 2^31 tokens");

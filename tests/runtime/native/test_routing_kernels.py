@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
 
+from depthwire.export.to_onnx import to_onnx
 from depthwire.ops import select_tokens, select_tokens_budget
 from depthwire.runtime.native import ops_entry
+from tests.export.test_routing_export import Routed, feed_of, program_of
 from tests.routing_cases import (
     BUDGET_CASES,
     MOVE_CASES,
@@ -230,6 +233,23 @@ def test_memory_that_is_used_again_changes_nothing() -> None:
         _, expected = expected_moves(dataclasses.replace(operands, base=expected))
         np.testing.assert_array_equal(every[f"out{number}"], expected.numpy())
     np.testing.assert_array_equal(run(["out5"])["out5"], expected.numpy())
+
+
+@pytest.mark.parametrize("budget", [False, True], ids=["top-k", "budget"])
+def test_an_exported_block_runs_its_kernels(*, budget: bool, tmp_path: Path) -> None:
+    program = program_of(Routed(budget=budget))
+    model = ir.to_proto(to_onnx(program))
+    feeds = feed_of(program)
+    session = session_of(model, threads=2, profile=str(tmp_path / "kernels"))
+    fused = session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = {event["args"]["op_name"] for event in events if event.get("cat") == "Node"}
+    assert {node.op_type for node in model.graph.node if node.domain == DOMAIN} <= ran
+    assert not {"TopK", "ScatterND", "GatherND", "ReduceMean"} & ran
+    with torch.no_grad():
+        expected = program.exported.module()(**program.example_inputs)
+    for found, value in zip(fused, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), value, rtol=1e-5, atol=1e-5)
 
 
 def test_names_of_a_model() -> None:

@@ -19,7 +19,7 @@ from depthwire.runtime.onnxruntime import (
     CUDA,
     KernelOptions,
     kernel_options,
-    reads_run_by,
+    operators_run_by,
     run_session,
     session_from_artifact,
 )
@@ -64,21 +64,21 @@ def test_kernels_and_bodies_compute_the_same(lifted: Artifact) -> None:
 def test_both_verify_and_the_report_says_which_ran(lifted: Artifact, *, kernels: bool) -> None:
     report = verify(lifted, original=None, rewritten=None, windows=[], kernels=kernels)
     assert report.passed
-    ran = report.tools["reads by"]
+    ran = report.tools["operators by"]
     assert ran.endswith(" kernels") if kernels else ran == "function bodies"
-    assert f"reads by {ran}" in format_report(report)[0]
+    assert f"operators by {ran}" in format_report(report)[0]
 
 
 def test_kernels_are_taken_by_themselves(lifted: Artifact) -> None:
     options = session_from_artifact(lifted).get_session_options()
     assert options.get_session_config_entry(OPS_ENTRY).startswith("AttnRes")
-    assert str(reads_run_by(lifted)).endswith(" kernels")
-    assert reads_run_by(lifted, kernels=False) == "function bodies"
+    assert str(operators_run_by(lifted)).endswith(" kernels")
+    assert operators_run_by(lifted, kernels=False) == "function bodies"
 
 
 def test_without_the_library(lifted: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("depthwire.runtime.native._LIBRARY", tmp_path / "absent.so")
-    assert reads_run_by(lifted) == "function bodies"
+    assert operators_run_by(lifted) == "function bodies"
     session_from_artifact(lifted)
     with pytest.raises(BuildError, match=r"runtime\.no-kernels"):
         session_from_artifact(lifted, kernels=True)

@@ -26,7 +26,7 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from depthwire.models.attn_res import AttnResConfig, AttnResDecoder
@@ -68,13 +68,13 @@ def tokens(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-def loss_of(model: AttnResDecoder, ids: Tensor) -> Tensor:
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the mean negative log-likelihood per byte, in nats, of ``ids [batch, length + 1]``."""
     logits = model(ids[:, :-1]).float()
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def held_out_loss(model: AttnResDecoder, ids: Tensor, length: int) -> float:
+def held_out_loss(model: nn.Module, ids: Tensor, length: int) -> float:
     """Return the mean loss over consecutive windows of a text, each read from nothing.
 
     Args:

@@ -75,6 +75,7 @@ class LayerRecord:
         prior_loss: Mean square error of the prediction.
         router_loss: Mean cross-entropy of the router or predictor.
         gate_loss: Mean gate.
+        student: ``[batch, tokens]``, the student's logits, where the teacher made the selection.
     """
 
     name: str
@@ -84,6 +85,7 @@ class LayerRecord:
     prior_loss: Tensor | None = None
     router_loss: Tensor | None = None
     gate_loss: Tensor | None = None
+    student: Tensor | None = None
 
 
 @dataclass

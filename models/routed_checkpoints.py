@@ -108,11 +108,23 @@ def from_pretrained(
     config = RoutedConfig(kind, _decoder(directory, given), routing or RoutingConfig())
     model = build(config)
     expected, new = model.state_dict(), model.new_weights()
-    names = {name.removeprefix("model."): name for name in tensors}
+    names: dict[str, str] = {}
+    for stored in tensors:
+        name = stored.removeprefix("model.")
+        if name in names:
+            raise CaptureError(
+                "checkpoint.twice",
+                "two tensors of the checkpoint are the same weight",
+                at=str(directory),
+                want=f"one tensor for {name}",
+                got=f"{names[name]} and {stored}",
+                todo="Leave one of them out of the checkpoint.",
+            )
+        names[name] = stored
     tied = names.pop("lm_head.weight", None) if config.decoder.tied_embeddings else None
     left_over = {names[name] for name in set(names) - (set(expected) - new)}
     missing = set(expected) - new - set(names)
-    if left_over or missing or len(names) + (tied is not None) != len(tensors):
+    if left_over or missing:
         raise _unaccounted(directory, left_over, missing)
     loaded = {name: _read(stored, tensors[stored], expected[name], directory) for name, stored in names.items()}
     if tied is not None and not torch.equal(read_tensor(tied, tensors[tied]), loaded["embed_tokens.weight"]):
@@ -125,7 +137,7 @@ def from_pretrained(
             todo="Set tie_word_embeddings to false in config.json, if the matrix was trained.",
         )
     model.load_state_dict({**expected, **loaded}, strict=True)
-    model.to(dtype or _TORCH[common_dtype(tensors, at=str(directory))])
+    model.cast(dtype or _TORCH[common_dtype(tensors, at=str(directory))])
     return Converted(model.eval(), tuple(sorted(loaded)), tuple(sorted(new)))
 
 
@@ -160,7 +172,7 @@ def _unaccounted(directory: Path, left_over: set[str], missing: set[str]) -> Cap
         f"{len(names)} weights {what}",
         at=str(directory),
         want="every tensor in its place and every place filled",
-        got=shown or "two tensors for one weight",
+        got=shown,
         todo="Check the configuration (layers, biases, tied embeddings, routing.layers).",
     )
 

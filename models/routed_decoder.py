@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
@@ -277,8 +278,14 @@ class RoutedDecoder(nn.Module):
             if isinstance(module, SurpriseGate):
                 module.set_step(step, steps)
 
+    def cast(self, dtype: torch.dtype) -> RoutedDecoder:
+        """Change the dtype of the weights in place; thresholds and the gates' scalars keep theirs."""
+        state = {name: x.to(dtype) if x.dim() else x for name, x in self.state_dict().items()}
+        self.load_state_dict(state, strict=True, assign=True)
+        return self
+
     def save(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``, which ``load`` reads."""
+        """Write ``config.json`` and ``model.safetensors``, which ``load_routed`` reads."""
         from safetensors.torch import save_file
 
         directory = Path(directory)
@@ -324,10 +331,11 @@ def _mean(losses: list[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack(present).mean() if present else torch.zeros_like(like)
 
 
-def annealed_capacity(step: int, steps: int, final: float) -> float:
-    """Return the capacity of a training step: from 1 down to ``final`` along a cosine over ``steps``, then there."""
-    from math import cos, pi
+def annealed_capacity(done: float, final: float) -> float:
+    """Return the capacity to train with: from 1 down to ``final`` along a cosine, then there.
 
-    if step >= steps:
-        return final
-    return final + (1 - final) * 0.5 * (1 + cos(pi * step / steps))
+    Args:
+        done: Share of the annealing that is over; 1 or more when all of it is.
+        final: Capacity that the model is to have.
+    """
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def example(
-    kind: Kind, *, layers: int = 4, tokens: int = 128, batch: int = 1, **routing: Any
+    kind: Kind, *, depth: int = 4, tokens: int = 128, batch: int = 1, **routing: Any
 ) -> tuple[RoutedDecoder, dict[str, Tensor]]:
     """Return a decoder of width 64 and its inputs; the same arguments give the same weights.
 
     Args:
         kind: Of ``RoutedConfig``.
-        layers: Layers of the decoder.
+        depth: Layers of the decoder.
         tokens: Tokens of the input.
         batch: Sequences of the input.
         routing: Fields of ``RoutingConfig``. The weights do not depend on how it is spelled.
@@ -35,7 +35,7 @@ def example(
     decoder = AttnResConfig(
         vocab_size=256,
         width=64,
-        layers=layers,
+        layers=depth,
         heads=4,
         kv_heads=2,
         head_dim=16,

@@ -45,8 +45,8 @@ class RoutingConfig:
         fallback: AttnRes alone: the source that a token left out writes, ``zero`` or a learned ``prior``.
         predictor: Whether a causal predictor of the top-k choice is trained; under ``budget`` it is then the score.
         prior_factor: f of the prior's width f·d.
-        rank: What the surprise ranks tokens by: ``softplus`` (sp(a) + sp(b), in the gate's order, never saturated) or
-            the ``gate`` itself, as published.
+        rank: What the surprise ranks tokens by: ``softplus`` (sp(a) + sp(b), in the gate's order, and not saturated at
+            the top) or the ``gate`` itself, as published.
         beta: ``learned`` steepness per layer, or a ``schedule`` that ``set_step`` moves.
         average: How the moving average is spelled: ``avg_pool1d``, ``conv1d`` or ``cumsum``.
         window: Tokens in the moving average.

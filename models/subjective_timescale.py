@@ -75,7 +75,7 @@ class TimescaleLayer(RoutedLayer):
         if routing.teacher_threshold is not None:
             bits = bits & (surprise.gate >= routing.teacher_threshold)
         student = self.router(x, previous(x, valid))
-        record = LayerRecord(f"layers.{self.index}", surprise.rank, selection, surprise)
+        record = LayerRecord(f"layers.{self.index}", surprise.rank, selection, surprise, student=student)
         record.prior_loss = masked_mean((predicted - update.detach()).square().mean(-1), valid)
         record.router_loss = imitation_loss(student, bits, valid)
         record.gate_loss = masked_mean(surprise.gate, valid)

@@ -81,12 +81,12 @@ class SurpriseGate(nn.Module):
     def steepness(self) -> tuple[Tensor, Tensor]:
         """Return beta_ce and beta_cu, each ``[]``."""
         if self.beta == "learned":
-            return F.softplus(self.raw_beta_ce), F.softplus(self.raw_beta_cu)
-        return self.beta_ce, self.beta_cu
+            return F.softplus(wide(self.raw_beta_ce)), F.softplus(wide(self.raw_beta_cu))
+        return wide(self.beta_ce), wide(self.beta_cu)
 
     def criteria(self) -> Tensor:
         """Return ``[4]``: log(o_ce + 1e-10), m_cu, beta_ce, beta_cu; the form of ``depthwire::surprise_score``."""
-        return torch.stack((torch.log(self.o_ce + 1e-10), self.m_cu, *self.steepness())).detach()
+        return torch.stack((torch.log(wide(self.o_ce) + 1e-10), wide(self.m_cu), *self.steepness())).detach()
 
     def forward(
         self, update: Tensor, predicted: Tensor, valid: Tensor | None = None, recent: RecentSurprise | None = None
@@ -108,8 +108,8 @@ class SurpriseGate(nn.Module):
         else:
             average = self.mean_of_last(past if valid is None else before_first(past, valid), replicate=True)
         beta_ce, beta_cu = self.steepness()
-        a = beta_ce * (static - (change - torch.log(self.o_ce + 1e-10)))
-        b = beta_cu * (static - self.m_cu * average)
+        a = beta_ce * (static - (change - torch.log(wide(self.o_ce) + 1e-10)))
+        b = beta_cu * (static - wide(self.m_cu) * average)
         expected, unexpected = a.sigmoid(), b.sigmoid()
         gate = expected + unexpected - expected * unexpected
         rank = gate if self.ranked == "gate" else F.softplus(a) + F.softplus(b)

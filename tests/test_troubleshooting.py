@@ -20,6 +20,7 @@ STAGES = {
     "internal",
     "queries",
     "recipe",
+    "routed-model",
     "runtime",
     "structure",
     "target",

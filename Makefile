@@ -69,6 +69,7 @@ bench: $(READY) $(MODEL)/config.json native ## Print the figures of docs/benchma
 	$(BIN)/python -m benchmarks.convert_cost
 	$(BIN)/python -m benchmarks.lift_latency
 	$(BIN)/python -m benchmarks.native_reads
+	$(BIN)/python -m benchmarks.native_routing
 	$(BIN)/python -m benchmarks.attn_res_overhead
 	$(BIN)/python -m benchmarks.pass_scaling
 

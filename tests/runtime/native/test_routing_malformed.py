@@ -148,6 +148,14 @@ def test_a_window_that_cannot_be_meant(op_type: str, window: int, message: str) 
         run_node(node)
 
 
+@pytest.mark.parametrize("op_type", ["SelectTokens", "SelectTokensBudget", "GatherTokens", "ScatterTokens"])
+def test_an_input_that_is_missing(op_type: str) -> None:
+    node = good(op_type)
+    node.inputs.popitem()
+    with pytest.raises(Exception, match=rf"{node.op_type}.* has input size {len(node.inputs)} not in range"):
+        run_node(node)
+
+
 def test_slots_that_are_not_taken_may_point_anywhere() -> None:
     node = good("ScatterTokens")
     fine = run_node(node)["out"]

@@ -202,7 +202,8 @@ class GraphEditor:
 
     def _remove_dead_code(self) -> None:
         """Unlike FX's own, this keeps unused user inputs and drops unused weights that a pass left behind."""
-        self.graph.eliminate_dead_code()
+        # Attention counts as random for its dropout; a program in eval mode draws nothing.
+        self.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
         specs = dict(zip([n for n in self.graph.nodes if n.op == "placeholder"], self._input_specs, strict=True))
         for node, spec in specs.items():
             if spec.kind is InputKind.CONSTANT_TENSOR and not node.users:

@@ -18,15 +18,19 @@ import torch
 from depthwire.passes._match import CASTS, TRANSPARENT, aten, is_call, value
 from depthwire.passes.analysis.depth_axes import is_identity, sizes
 from depthwire.passes.analysis.depth_constants import Constants
-from depthwire.passes.analysis.depth_layout import EXPANSIONS, PERMUTATIONS, RESHAPES, root
+from depthwire.passes.analysis.depth_layout import EXPANSIONS, PERMUTATIONS, RESHAPES, has_queries, root
 from depthwire.passes.analysis.depth_ops import TRANSFERS
 from depthwire.passes.analysis.depth_product import Context
 from depthwire.passes.analysis.depth_softmax import last_bias
 from depthwire.passes.analysis.depth_stacks import BY_DEPTH, WRITES, Alternatives, buffer, joined, tuple_of
 from depthwire.passes.analysis.depth_values import (
     Banks,
+    Difference,
     Dot,
     Exp,
+    ExpSum,
+    Gauge,
+    Level,
     Logits,
     LogSoft,
     Mix,
@@ -158,9 +162,19 @@ class _Walk:
     def _operands(self, node: torch.fx.Node, argument: torch.fx.Node) -> list[Value | None]:
         """Return what an operand may be. Arithmetic on a read takes the read as it stands."""
         found: list[Value | None] = list(self._alternatives(argument))
-        if not is_call(node, *_VIEWS, *TRANSPARENT, aten.select.int, aten.slice.Tensor):
+        if not is_call(node, *_VIEWS, *TRANSPARENT, aten.select.int, aten.slice.Tensor) and not self._merges(node):
             found = [each for each in found if not (isinstance(each, Term) and _is_read(each))]
         return found or [None]
+
+    def _merges(self, node: torch.fx.Node) -> bool:
+        """Tell whether a read may become part of a longer one here: next to weights of parts, or their change."""
+        if is_call(node, aten.sub.Tensor):
+            return True
+        return any(
+            isinstance(each, Term) and any(isinstance(factor, _OF_PARTS) for factor, _ in each.factors)
+            for argument in node.all_input_nodes
+            for each in self._alternatives(argument)
+        )
 
     def _settled(self, context: Context, found: list[Value]) -> Alternatives:
         """Keep the terms, or else what says why there is none; where no depth is, a node is a source as well."""
@@ -177,9 +191,11 @@ class _Walk:
 
     def _needs_root(self, node: torch.fx.Node, found: Value) -> bool:
         """Tell whether a node is to be a possible source besides what it is made of: not if it just widens one."""
-        if not isinstance(found, Term):
+        if not isinstance(found, Term) or has_queries(found.dims):
             return True
-        if found.find(Mix):
+        if found.find(Mix) or found.find(Level) or found.find(Difference):
+            return True
+        if found.find(Gauge) and not (found.find(Exp) or found.find(ExpSum)):
             return True
         if found.find(Dot) or found.find(Soft) or found.find(Exp) or found.power != 1:
             return False
@@ -233,7 +249,7 @@ class _Walk:
 
 def _same(a: Logits, b: Logits) -> bool:
     """Tell whether two logits are the same, up to a query that was taken out of several."""
-    return a.bank is b.bank and a.query == b.query and a.scale == b.scale and a.bias == b.bias and a.shift == b.shift
+    return a.bank is b.bank and a.query == b.query and a.scale == b.scale and a.bias == b.bias
 
 
 def _is_read(term: Term) -> bool:
@@ -244,6 +260,7 @@ def _is_read(term: Term) -> bool:
     return len({atom.axis for atom in others}) == len(others) and all(atom.inner == 1 for atom in others)
 
 
+_OF_PARTS = (Exp, ExpSum, Gauge, Difference)
 _SOFTMAX = (
     aten.softmax.int,
     aten._softmax.default,

@@ -9,8 +9,9 @@ import torch
 
 from depthwire.passes._match import argument, aten, is_call, value
 from depthwire.passes.analysis.depth_layout import expanded
+from depthwire.passes.analysis.depth_merge import complement
 from depthwire.passes.analysis.depth_product import Context, Operand, contract, power
-from depthwire.passes.analysis.depth_sums import at_least, plus, plus_constant, plus_number
+from depthwire.passes.analysis.depth_sums import at_least, blended, plus, plus_constant, plus_number
 from depthwire.passes.analysis.depth_values import Const, Dot, Moment, Tainted, Term, Value
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def addition(context: Context, chosen: Chosen) -> list[Value]:
     if sign == 1.0 and isinstance(left, (float, Const)):
         left, right = right, left
     if not isinstance(left, (Term, Tainted)):
-        return []
+        return _from_one(context, left, right) if sign == -1.0 else []
     dims = _sum_dims(context, left, right)
     if isinstance(right, (Term, Tainted)):
         return result(plus(context, left, right, sign, dims))
@@ -154,6 +155,32 @@ def addition(context: Context, chosen: Chosen) -> list[Value]:
         return result(with_dims(shifted, dims))
     root = isinstance(left, Term) and left.find(Moment) is not None and not left.power and left.find(Dot) is None
     return result(lost(context, [left], "norm-eps" if root else "unsupported"))
+
+
+def reversed_subtraction(context: Context, chosen: Chosen) -> list[Value]:
+    """``rsub``: the second argument minus the first."""
+    node, given = context.node, context.node.args[1]
+    if argument(node, 2, "alpha", 1) != 1 or not isinstance(given, (int, float)):
+        return []
+    return _from_one(context, float(given), first(context, chosen))
+
+
+def _from_one(context: Context, left: Operand, right: Operand | None) -> list[Value]:
+    """``1 - x`` for the share of a part in a softmax."""
+    number = left if isinstance(left, float) else None
+    if isinstance(left, Const) and value(left.node).numel() == 1:
+        number = context.constants.number(left.node)
+    found = complement(context, right) if number == 1.0 and isinstance(right, Term) else None
+    return result(found if found is not None else lost(context, [right]))
+
+
+def interpolation(context: Context, chosen: Chosen) -> list[Value]:
+    """``lerp`` between parts of a softmax."""
+    given = [chosen.get(each) for each in context.node.args[:3] if isinstance(each, torch.fx.Node)]
+    if len(given) < 3 or not all(isinstance(each, Term) for each in given):
+        return []
+    start, end, weight = given
+    return result(blended(context, start, end, weight))  # type: ignore[arg-type]
 
 
 def _number(context: Context, term: Value, node: torch.fx.Node) -> float | None:

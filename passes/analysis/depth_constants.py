@@ -123,6 +123,10 @@ class Constants:
             args, kwargs = map_arg(node.args, self._known.get), map_arg(node.kwargs, self._known.get)
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def is_fill(self, node: torch.fx.Node) -> bool:
+        """Tell whether a node makes a tensor of one number."""
+        return is_call(node, *_FILLS, aten.full.default, aten.ones.default, aten.zeros.default)
+
     def is_blank(self, node: torch.fx.Node) -> bool:
         """Tell whether a node is a fresh buffer, which something is about to be written into."""
         return is_call(node, *_BLANK)

@@ -12,6 +12,7 @@ from depthwire.ops import attn_res_read  # noqa: F401 - registers the operator
 from depthwire.passes._match import aten, is_call, value
 from depthwire.passes.analysis.depth_axes import Atom, Dims, layout_to, own_axes, sizes
 from depthwire.passes.analysis.depth_layout import RESHAPES
+from depthwire.passes.analysis.depth_merge import folded
 from depthwire.passes.analysis.depth_softmax import last_bias
 from depthwire.passes.analysis.depth_values import Bank, Const, Logits, Mix, Read, Source, Term
 from depthwire.passes.queries import QUERY_PREFIX
@@ -113,27 +114,10 @@ class Emitter:
         """Return the parameter that holds the folded query; reads with the same query share it."""
         key = (logits.query, logits.axis, frozenset(fixed.items()), dtype == torch.float64)
         if key not in self._queries:
-            width = logits.bank.shape[logits.axis]
-            folded = torch.ones(width, dtype=torch.float64)
-            for const, exponent in logits.query:
-                folded *= self._vector(const, fixed, width) ** exponent
-            folded = folded if dtype == torch.float64 else folded.float()
-            self._queries[key] = self._edit.add_parameter(f"{QUERY_PREFIX}{self.reads}", folded)
+            vector = folded(self._constants, logits, fixed)
+            vector = vector if dtype == torch.float64 else vector.float()
+            self._queries[key] = self._edit.add_parameter(f"{QUERY_PREFIX}{self.reads}", vector)
         return self._queries[key]
-
-    def _vector(self, const: Const, fixed: Fixed, width: int) -> torch.Tensor:
-        """Return the values of a constant for one query: ``[d]``, or one number for all features."""
-        tensor = self._constants.tensor(const.node).double()
-        for position, dim in reversed(list(enumerate(const.dims))):
-            if not dim:
-                tensor = tensor.select(position, 0)
-        rest = [dim for dim in const.dims if dim]
-        atoms = [atom for dim in rest for atom in dim]
-        tensor = tensor.reshape([atom.size for atom in atoms])
-        for position, atom in reversed(list(enumerate(atoms))):
-            if not isinstance(atom.axis, int):
-                tensor = tensor.select(position, fixed[atom.axis])
-        return tensor.reshape(-1).expand(width)
 
     def _sources(self, place: torch.fx.Node, logits: Logits, dtype: torch.dtype) -> list[torch.fx.Node]:
         bank, order = logits.bank, self._order(logits)

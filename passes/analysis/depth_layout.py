@@ -91,7 +91,7 @@ def view(context: Context, node: torch.fx.Node, term: Value) -> list[Value]:
     if not isinstance(viewed, Term):
         return [viewed]
     mix = viewed.mix
-    if mix is not None and not _has_queries(term.dims):
+    if mix is not None and not has_queries(term.dims):
         before, after = (is_identity(each, mix.logits.bank.shape) for each in (term.dims, dims))
         if before and not after:
             return []  # the read stands before this view
@@ -99,7 +99,8 @@ def view(context: Context, node: torch.fx.Node, term: Value) -> list[Value]:
     return [viewed] if regrouped is None else [viewed, regrouped]
 
 
-def _has_queries(dims: Dims) -> bool:
+def has_queries(dims: Dims) -> bool:
+    """Tell whether dimensions run over something else than the axes of a source."""
     return any(not isinstance(atom.axis, int) for dim in dims for atom in dim)
 
 

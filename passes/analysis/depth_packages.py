@@ -182,7 +182,7 @@ def _phase_2(context: Context, given: dict[str, Any], alternatives: Lookup) -> R
 def _is_total(total: Term, logits: Logits, mixed: Term) -> bool:
     """Tell whether a term is the logarithm of the sum of the exponentials of a mix, unscaled and unshifted."""
     found = total.only(LogSum)
-    plain = logits.scale == 1.0 and logits.bias is None and logits.shift is None and len(logits.query) == 1
+    plain = logits.scale == 1.0 and logits.bias is None and len(logits.query) == 1
     fits = total.fixed == mixed.fixed and total.dims == mixed.dims[:-1]
     return found is not None and found.logits == logits and plain and fits
 

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from depthwire.passes._match import value
 from depthwire.passes.analysis.depth_axes import DEPTH, REPEAT, Atom, Dim, Dims, fused, has_axis, whole
 from depthwire.passes.analysis.depth_constants import Constants, spread
+from depthwire.passes.analysis.depth_merge import added, normalised
 from depthwire.passes.analysis.depth_values import (
     Banks,
     Const,
+    Difference,
     Dot,
     Exp,
     ExpSum,
     Factor,
     Factors,
+    Gauge,
+    Level,
     Logits,
     LogSum,
     Mix,
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
     import torch
+
+_PER_TOKEN = (Exp, ExpSum, LogSum, Mix, Gauge, Level, Difference)
 
 Operand = Value | float | Const
 """A constant operand comes with empty ``dims``: the product says what its dimensions run over."""
@@ -59,7 +65,7 @@ class Context:
 
 def power(term: Term, exponent: float) -> Term | None:
     """Return a term to some power, if that is a term."""
-    if term.bias is not None or term.shift is not None or term.power * exponent not in (0.0, 1.0, 2.0):
+    if term.bias is not None or term.shift or term.power * exponent not in (0.0, 1.0, 2.0):
         return None
     positive = not term.power and all(isinstance(factor, Moment) for factor, _ in term.factors) and term.scalar > 0
     if term.scalar == 0 or (exponent != int(exponent) and not positive):
@@ -75,7 +81,7 @@ def scaled(term: Term, number: float) -> Term | None:
     if not math.isfinite(number):
         return None
     bias = None if term.bias is None else tuple(each * number for each in term.bias)
-    shift = None if term.shift is None else ("scaled", number, term.shift)
+    shift = added(frozenset(), term.shift, number)
     return replace(term, scalar=term.scalar * number, bias=bias, shift=shift)
 
 
@@ -94,7 +100,7 @@ def contract(
         reason = _clash(context, terms)
     elif reason is None and not _agree(terms, operands, labels, axes):
         reason = "unsupported"
-    factors = _constants(context, operands, labels, axes, new=any(each.deep for each in values))
+    factors = _constants(context, operands, labels, axes, new=any(_is_stack(each) for each in values))
     if factors is None:
         return None
     dims = tuple(axes[label] for label in out)
@@ -103,11 +109,16 @@ def contract(
     if reason is not None:
         where = tainted.node if tainted is not None else context.node
         return Tainted(dims, reason, where) if has_axis(dims, DEPTH) else None
-    product = multiply(terms, factors.number, factors.constants)
+    product = multiply(context, terms, factors.number, factors.constants)
     summed = None if product is None else _sum_labels(context, product, axes, out)
     if isinstance(summed, Term):
         return replace(summed, dims=dims)
     return context.taint(dims, summed or "unsupported")
+
+
+def _is_stack(term: Value) -> bool:
+    """Tell whether a value runs over sources, or over one that is normalised and may have been stacked alone."""
+    return term.deep or (isinstance(term, Term) and () in term.dims and term.find(Moment) is not None)
 
 
 def _sum_labels(
@@ -146,7 +157,7 @@ def _constants(
             aligned = _aligned(context, operand, names, axes, new=new)
             if aligned is None:
                 return None
-            single = not any(aligned.dims) or has_axis(aligned.dims, DEPTH)
+            single = not any(aligned.dims) or has_axis(aligned.dims, DEPTH) or context.constants.is_fill(operand.node)
             exact = context.constants.number(operand.node) if single else None
             if exact is not None:
                 number *= exact
@@ -191,18 +202,18 @@ def _axes(operands: Sequence[Operand], labels: Sequence[Sequence[Hashable]]) -> 
 
 def _one_bank(terms: Sequence[Term]) -> bool:
     banks = {id(term.bank) for term in terms if term.bank is not None}
-    frames = {_frame(term) for term in terms}
+    frames = {_frame(term) for term in terms} - {None}
     return len(banks) <= 1 and len(frames) <= 1
 
 
-def _frame(term: Term) -> tuple[int, ...]:
-    """Return the shape that a term's axes are those of."""
+def _frame(term: Term) -> tuple[int, ...] | None:
+    """Return the shape that a term's axes are those of; ``None`` for named values, which fit wherever axes agree."""
     if term.bank is not None:
         return term.bank.shape
     for factor, _ in term.factors:
-        if isinstance(factor, (ExpSum, Mix)):
+        if isinstance(factor, (ExpSum, LogSum, Mix)):
             return factor.logits.bank.shape
-    return ()
+    return None
 
 
 def _clash(context: Context, terms: Sequence[Term]) -> str:
@@ -237,13 +248,15 @@ def _aligned(
     return Const(context.constants.first(const.node), tuple(dims))
 
 
-def multiply(terms: Sequence[Term], number: float, constants: Iterable[tuple[Const, float]]) -> Term | None:
+def multiply(
+    context: Context, terms: Sequence[Term], number: float, constants: Iterable[tuple[Const, float]] = ()
+) -> Term | None:
     """Return the product of terms over the same sources, a number and constants; the caller sets its ``dims``."""
     exponents: dict[Factor, float] = {}
     constants = list(constants)
     for factor, exponent in [*(each for term in terms for each in term.factors), *constants]:
         exponents[factor] = exponents.get(factor, 0.0) + exponent
-    if any(term.bias is not None or term.shift is not None for term in terms):
+    if any(term.bias is not None or term.shift for term in terms):
         if len(terms) > 1 or constants:
             return None
         return scaled(terms[0], number)
@@ -258,7 +271,7 @@ def multiply(terms: Sequence[Term], number: float, constants: Iterable[tuple[Con
         fixed |= term.fixed
     if exponent not in (0, 1, 2) or len(dict(fixed)) != len(fixed):
         return None
-    factors = _normalised(frozenset((each, e) for each, e in exponents.items() if e))
+    factors = normalised(context, frozenset((each, e) for each, e in exponents.items() if e), fixed)
     product = Term((), bank, exponent, scalar, factors, lanes, fixed=fixed)
     weights = product.find(Soft) or product.find(Exp)
     if weights is not None and bank is not None and len(bank) == 1 and exponent == 1:
@@ -268,42 +281,27 @@ def multiply(terms: Sequence[Term], number: float, constants: Iterable[tuple[Con
     return product
 
 
-def _normalised(factors: Factors) -> Factors:
-    """Write exp(s_i) / Σ exp(s) as softmax, in a mix as well."""
-    sums = [factor for factor, exponent in factors if isinstance(factor, ExpSum) and exponent == -1.0]
-    for total in sums:
-        for factor, exponent in factors:
-            if exponent != 1.0:
-                continue
-            new: Factor | None = None
-            if isinstance(factor, Exp) and factor.logits == total.logits:
-                new = Soft(total.logits)
-            elif isinstance(factor, Mix) and factor.raw and factor.logits == total.logits:
-                new = replace(factor, raw=False)
-            if new is not None:
-                return (factors - {(factor, 1.0), (total, -1.0)}) | {(new, 1.0)}
-    return factors
-
-
 def _sum_of_one(term: Term) -> Term:
     """Sum over a dimension of size 1: over depth, if there is one source."""
-    exp = term.only(Exp)
-    if exp is None or len(exp.logits.bank) > 1:
+    exp = term.find(Exp)
+    if exp is None or len(exp.logits.bank) > 1 or (exp, 1.0) not in term.factors or term.power:
         return term
-    return replace(term, bank=None, lanes=None, factors=frozenset({(ExpSum(exp.logits), 1.0)}))
+    return replace(term, bank=None, lanes=None, factors=(term.factors - {(exp, 1.0)}) | {(ExpSum(exp.logits), 1.0)})
 
 
 def _sum(context: Context, term: Term, dim: Dim) -> Term | str | None:
     """Sum over a whole axis; ``dims`` of the result are left to the caller. A string says why that is no term."""
     dim = fused(dim)
-    if len(dim) != 1 or term.bias is not None or term.shift is not None:
-        return "key-norm" if term.power == 1 and term.find(Moment) is not None else None  # a dot product over several norms
+    if len(dim) != 1 or term.bias is not None or term.shift:
+        return (
+            "key-norm" if term.power == 1 and term.find(Moment) is not None else None
+        )  # a dot product over several norms
     atom = dim[0]
     if atom.inner != 1:
         return "key-norm" if term.power == 2 else None
     if atom.axis == REPEAT:
         # What is shifted by something that is not constant may differ along a broadcast axis.
-        loose = any(isinstance(factor, (Exp, ExpSum, LogSum, Mix)) for factor, _ in term.factors)
+        loose = any(isinstance(factor, _PER_TOKEN) for factor, _ in term.factors)
         return None if loose else scaled(term, float(atom.size))
     if atom.axis == DEPTH:
         return _sum_depth(context, term)
@@ -339,17 +337,19 @@ def _sum_depth(context: Context, term: Term) -> Term | str | None:
         if isinstance(mixed, str):
             context.failures.setdefault(weights.logits, (mixed, context.node))
         return mixed
-    total = replace(term, bias=None).only(Exp)
-    if total is None or term.bank is not total.logits.bank:
+    if exp is None or term.power or (exp, 1.0) not in term.factors or term.bank is not exp.logits.bank:
         return None
-    return replace(term, bank=None, lanes=None, factors=frozenset({(ExpSum(total.logits), 1.0)}))
+    rest = term.factors - {(exp, 1.0)}
+    if not all(isinstance(factor, (Gauge, ExpSum)) for factor, _ in rest):
+        return None
+    return replace(term, bank=None, lanes=None, factors=rest | {(ExpSum(exp.logits), 1.0)})
 
 
 def _mixed(term: Term, logits: Logits, *, raw: bool) -> Term | str:
     weights = (Exp(logits) if raw else Soft(logits), 1.0)
     rest = [(factor, exponent) for factor, exponent in term.factors if (factor, exponent) != weights]
-    outer = frozenset((factor, exponent) for factor, exponent in rest if isinstance(factor, Const))
-    lane = [(factor, exponent) for factor, exponent in rest if not isinstance(factor, Const)]
+    outer = frozenset(each for each in rest if isinstance(each[0], (Const, Gauge, ExpSum)))
+    lane = [each for each in rest if each not in outer]
     unit = False
     if lane:
         ((factor, exponent), *more) = lane

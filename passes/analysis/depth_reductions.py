@@ -10,8 +10,9 @@ import torch
 from depthwire.passes._match import argument, aten, is_call, value
 from depthwire.passes.analysis.depth_arith import Chosen, first, lost, operand, result, with_dims
 from depthwire.passes.analysis.depth_axes import DEPTH, has_axis
+from depthwire.passes.analysis.depth_merge import total as joined_total
 from depthwire.passes.analysis.depth_product import contract, power
-from depthwire.passes.analysis.depth_softmax import exponential, log_sum, logarithm, over_depth, softmax
+from depthwire.passes.analysis.depth_softmax import exponential, log_sum, logarithm, over_depth, proportion, softmax
 from depthwire.passes.analysis.depth_sums import plus_number
 from depthwire.passes.analysis.depth_values import Dot, Moment, Tainted, Term, Value
 
@@ -140,9 +141,22 @@ def log_sums(context: Context, chosen: Chosen) -> list[Value]:
     return result(log_sum(context, term, term.dims[:axis] + kept + term.dims[axis + 1 :]))
 
 
+def joint_logs(context: Context, chosen: Chosen) -> list[Value]:
+    """``logaddexp`` of two parts of a softmax."""
+    left, right = (operand(context, chosen, each) for each in context.node.args[:2])
+    if not isinstance(left, Term) or not isinstance(right, Term):
+        return []
+    a, b = exponential(context, left), exponential(context, right)
+    sums = joined_total(context, a, b) if a is not None and b is not None else None
+    return result(logarithm(sums) if sums is not None else None)
+
+
 def gates(context: Context, chosen: Chosen) -> list[Value]:
-    """``sigmoid`` of logits: no read."""
+    """``sigmoid`` of logits: no read; of the distance of two parts of a softmax: the share of one."""
     term = first(context, chosen)
+    found = proportion(context, term) if isinstance(term, Term) else None
+    if found is not None:
+        return [found]
     if isinstance(term, Term) and term.deep and term.find(Dot) is not None and term.find(Moment) is not None:
         return result(context.taint(term.dims, "sigmoid"))
     return result(lost(context, [term]))

@@ -7,16 +7,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from depthwire.passes.analysis.depth_axes import DEPTH, Dim, Dims, fused, has_axis
+from depthwire.passes.analysis.depth_merge import added, alike, grown, level, normalised, pinned, share, symbols
 from depthwire.passes.analysis.depth_values import (
     Const,
     Dot,
     Exp,
     ExpSum,
     Factor,
+    Gauge,
+    Level,
     Logits,
     LogSoft,
     LogSum,
     Moment,
+    Shift,
     Soft,
     Term,
 )
@@ -47,9 +51,8 @@ def logits_of(context: Context, term: Term) -> Logits | str:  # noqa: PLR0911 - 
         query[reduced] = query.get(reduced, 0.0) + power  # the same one twice, if it varied over other tokens' axes
     if any(source.blank for source in bank.sources):
         return "unwritten-slot"
-    return Logits(
-        bank, dot.axis, frozenset(query.items()), moment.eps, term.scalar, _relative(term.bias), term.shift, term.fixed
-    )
+    bias = term.bias if term.bias and any(term.bias) else None
+    return Logits(bank, dot.axis, frozenset(query.items()), moment.eps, term.scalar, bias, term.fixed)
 
 
 def per_query(context: Context, const: Const, axis: int) -> Const | None:
@@ -73,13 +76,6 @@ def per_query(context: Context, const: Const, axis: int) -> Const | None:
             dim = ()  # noqa: PLW2901
         dims += (dim,)
     return Const(const.node, dims)
-
-
-def _relative(bias: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """Return the bias with respect to the first source's: what all logits share, no softmax sees."""
-    if bias is None or all(each == bias[0] for each in bias):
-        return None
-    return tuple(each - bias[0] for each in bias)
 
 
 def over_depth(term: Term, dim: Dim) -> bool:
@@ -111,14 +107,53 @@ def exponential(context: Context, term: Term) -> Term | None:
     log = term.only(LogSoft)
     if log is not None:
         return replace(term, factors=frozenset({(Soft(log.logits), 1.0)}))
+    exponent = symbols(term, term.dims) if term.find(Level) or term.find(LogSum) else None
+    if exponent:
+        return Term(term.dims, None, factors=grown(exponent))
     logits = logits_of(context, term)
-    return None if isinstance(logits, str) else _of(term, Exp(logits))
+    if isinstance(logits, str):
+        return None
+    new = _of(term, Exp(logits))
+    shift = grown(added(frozenset(), term.shift, -1.0))
+    return replace(new, factors=normalised(context, new.factors | shift, term.fixed))
+
+
+def proportion(context: Context, term: Term) -> Term | None:
+    """Return ``sigmoid(a - b)`` for the logarithms of two sums of exponentials, ``exp(a) / (exp(a) + exp(b))``."""
+    if term.deep:
+        return None
+    if term.find(Dot) is None:
+        exponent = dict(symbols(term, term.dims) or ()) if term.find(Level) is not None else {}
+        sums = {number: symbol.logits for symbol, number in exponent.items() if isinstance(symbol, LogSum)}
+        two = len(exponent) == 2 and sums.keys() == {1.0, -1.0}
+        return share(context, term, ExpSum(sums[1.0]), sums[-1.0]) if two else None
+    (symbol, number), *more = term.shift or ((None, 0.0),)
+    if more or not isinstance(symbol, LogSum) or abs(number) != 1.0:
+        return None
+    negated = added(frozenset(), term.shift, -1.0)
+    bias = None if term.bias is None else tuple(-each for each in term.bias)
+    own = term if number > 0 else replace(term, scalar=-term.scalar, bias=bias, shift=negated)
+    logits = logits_of(context, own)
+    if isinstance(logits, str) or len(logits.bank) > 1:
+        return None
+    if number > 0:
+        return share(context, _of(own, Exp(logits)), Exp(logits), symbol.logits)
+    return share(context, Term(own.dims, None), ExpSum(symbol.logits), pinned(logits, own.fixed))
 
 
 def logarithm(term: Term) -> Term | None:
     """Return ``log Σ_i exp(s_i)`` for a sum of exponentials."""
-    total = term.only(ExpSum)
-    return None if total is None else replace(term, factors=frozenset({(LogSum(total.logits), 1.0)}))
+    if term.power or term.scalar != 1.0 or term.bias is not None or term.deep:
+        return None
+    shift: Shift = frozenset()
+    for factor, exponent in term.factors:
+        if isinstance(factor, ExpSum):
+            shift = added(shift, frozenset({(LogSum(pinned(factor.logits, term.fixed)), exponent)}))
+        elif isinstance(factor, Gauge):
+            shift = added(shift, factor.exponent, exponent)
+        else:
+            return None
+    return level(term.dims, shift)
 
 
 def log_sum(context: Context, term: Term, dims: Dims) -> Term | None:
@@ -126,21 +161,29 @@ def log_sum(context: Context, term: Term, dims: Dims) -> Term | None:
     logits = logits_of(context, term)
     if isinstance(logits, str) or has_axis(dims, DEPTH):
         return None
-    return Term(dims, None, factors=frozenset({(LogSum(logits), 1.0)}), fixed=term.fixed)
+    own = frozenset({(LogSum(pinned(logits, term.fixed)), 1.0)})
+    return level(dims, added(own, term.shift, -1.0))
 
 
-def minus_log_sum(context: Context, term: Term, total: LogSum) -> Term | None:
-    """Return logits minus the logarithm of the sum of their own exponentials."""
-    logits = logits_of(context, term)
-    if isinstance(logits, str) or replace(logits, shift=None) != replace(total.logits, shift=None):
+def log_weights(context: Context, term: Term, shift: Shift) -> Term | None:
+    """Return logits minus the logarithm of the sum of their own exponentials; ``shift`` is what is subtracted."""
+    if len(shift) != 1:
         return None
-    # Both shifted alike, or neither: log Σ exp(s - m) differs from log Σ exp(s) by m.
-    return _of(term, LogSoft(logits)) if logits.shift == total.logits.shift else None
+    ((total, number),) = shift
+    logits = logits_of(context, term)
+    if not isinstance(total, LogSum) or number != 1.0 or isinstance(logits, str):
+        return None
+    if not alike(context.constants, pinned(logits, term.fixed), total.logits):
+        return None
+    return _of(term, LogSoft(logits))
 
 
 def last_bias(logits: Logits) -> float | None:
-    """Return the bias of the last logit, ``None`` if another one has a bias of its own."""
+    """Return the bias of the last logit, ``None`` if another one has a bias of its own.
+
+    What all logits share, no softmax sees.
+    """
     if logits.bias is None:
         return 0.0
-    *others, last = logits.bias
+    *others, last = (each - logits.bias[0] for each in logits.bias)
     return last if not any(others) and math.isfinite(last) else None

@@ -62,11 +62,18 @@ class Banks:
     def __init__(self) -> None:
         """Start without any."""
         self._known: dict[tuple[tuple[Source, ...], tuple[int, ...]], Bank] = {}
+        self._order: dict[Source, int] = {}
 
     def get(self, sources: Sequence[Source], shape: tuple[int, ...]) -> Bank:
         """Return the bank of some sources."""
         key = (tuple(sources), shape)
+        for source in sources:
+            self._order.setdefault(source, len(self._order))
         return self._known.setdefault(key, Bank(*key))
+
+    def order(self, source: Source) -> int:
+        """Return a number that grows with a source's place in the graph."""
+        return self._order[source]
 
     def take(self, bank: Bank, indices: Sequence[int]) -> Bank:
         """Return the bank of some of a bank's sources."""
@@ -102,9 +109,27 @@ class Dot:
     consts: Consts
 
 
+Shift = frozenset[tuple["Hashable", float]]
+"""A sum of named values per token, each with its coefficient: see ``depth_merge``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """``exp`` of a sum of named values per token."""
+
+    exponent: Shift
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A sum of named values per token."""
+
+    exponent: Shift
+
+
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """``s_i = scale · (u · v_i) / sqrt(mean(v_i²) + eps) + bias_i - shift``, with u the product of ``query``.
+    """``s_i = scale · (u · v_i) / sqrt(mean(v_i²) + eps) + bias_i``, with u the product of ``query``.
 
     Attributes:
         bank: The sources.
@@ -113,7 +138,6 @@ class Logits:
         eps: Added to the mean square.
         scale: Factor.
         bias: One number per source, or ``None``.
-        shift: Names what is subtracted from every logit of a token alike (a maximum); no softmax sees it.
         fixed: Query axes of which one index was taken.
     """
 
@@ -123,7 +147,6 @@ class Logits:
     eps: float
     scale: float
     bias: tuple[float, ...] | None = None
-    shift: Hashable = None
     fixed: frozenset[tuple[Hashable, int]] = frozenset()
 
 
@@ -188,7 +211,15 @@ class Mix:
         return not self.raw and self.mask == (1 << len(self.logits.bank)) - 1
 
 
-Factor = Const | Moment | Dot | Exp | ExpSum | LogSum | LogSoft | Soft | Mix
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """``left - right``, one of them a mix."""
+
+    left: Term
+    right: Term
+
+
+Factor = Const | Moment | Dot | Exp | ExpSum | LogSum | LogSoft | Soft | Mix | Gauge | Level | Difference
 Factors = frozenset[tuple[Factor, float]]
 Lanes = tuple[int, ...]
 
@@ -205,7 +236,7 @@ class Term:
         factors: Factors with their exponents.
         lanes: Where the sources stand among those of the ``Soft`` or ``Exp`` factor, if there is one.
         bias: Added per source; logits only.
-        shift: See ``Logits``.
+        shift: What is subtracted from every logit of a token alike (a maximum); no softmax sees it. Logits only.
         fixed: See ``Logits``.
     """
 
@@ -216,7 +247,7 @@ class Term:
     factors: Factors = field(default=frozenset())
     lanes: Lanes | None = None
     bias: tuple[float, ...] | None = None
-    shift: Hashable = None
+    shift: Shift = frozenset()
     fixed: frozenset[tuple[Hashable, int]] = frozenset()
 
     @property

@@ -1,4 +1,4 @@
-"""A directory of AttnRes weights becomes the reference decoder: its own format, or another's through a map of names."""
+"""A directory of weights becomes a reference decoder: its own format, routed or not, or another's through a map."""
 
 from __future__ import annotations
 
@@ -18,19 +18,33 @@ from depthwire.program import Program, Source
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from depthwire.models.attn_res import AttnResDecoder
+    from depthwire.models.attn_res_config import AttnResConfig
+    from depthwire.models.routed_decoder import RoutedDecoder
+
 _DEFAULT_SEQ_LEN = 512
 _TOKENIZER = "tokenizer_config.json"
 
 
 def is_attn_res(directory: Path) -> bool:
-    """Tell whether a directory holds what ``AttnResDecoder.save`` wrote."""
+    """Tell whether a directory holds what ``AttnResDecoder.save`` or ``RoutedDecoder.save`` wrote."""
     from depthwire.models.attn_res_config import MODEL_TYPE
 
+    return _model_type(directory) in (MODEL_TYPE, _routed_type())
+
+
+def _routed_type() -> str:
+    from depthwire.models.routing_config import MODEL_TYPE
+
+    return MODEL_TYPE
+
+
+def _model_type(directory: Path) -> object:
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False  # whoever reads the directory next says what is wrong with it
-    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+        return None  # whoever reads the directory next says what is wrong with it
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def capture_attn_res(
@@ -48,14 +62,13 @@ def capture_attn_res(
         UsageError: An option has no effect, the map cannot be read, or ``seq_len`` is beyond the model's positions.
         CaptureError: The checkpoint is not whole, or does not fit the decoder.
     """
-    options.refuse("an AttnRes checkpoint", ("image_size", "trust_remote_code", "padding"), "The reference decoder reads tokens.")
-    from depthwire.models.checkpoints import load_checkpoint
-
+    without_effect = ("image_size", "trust_remote_code", "padding")
+    options.refuse("an AttnRes checkpoint", without_effect, "The reference decoder reads tokens.")
     # A map may give the whole configuration; what a config.json rules out (adapters, quantisation) is checked first.
     files = read_checkpoint(directory) if (directory / CONFIG).is_file() else None
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    model = load_checkpoint(directory, options.checkpoint_map, dtype=dtype)
-    inputs = {"input_ids": _tokens(options, model.config.vocab_size, model.config.max_length)}
+    model, shape = _load(directory, options, dtype)
+    inputs = {"input_ids": _tokens(options, shape.vocab_size, shape.max_length)}
     exported, names = export_module(model, inputs, select=lambda logits: {"logits": logits})
     hashes = _weights_sha256(directory) if files is None else files.sha256()
     if options.checkpoint_map is not None and Path(options.checkpoint_map).is_file():
@@ -70,6 +83,21 @@ def capture_attn_res(
         tokenizer=str(directory) if (directory / _TOKENIZER).is_file() else None,
     )
     return Program(exported, source, inputs, names)
+
+
+def _load(
+    directory: Path, options: CaptureOptions, dtype: torch.dtype | None
+) -> tuple[AttnResDecoder | RoutedDecoder, AttnResConfig]:
+    """Return the model and the shape of its decoder."""
+    if options.checkpoint_map is None and _model_type(directory) == _routed_type():
+        from depthwire.models.routed_checkpoints import load_routed
+
+        routed = load_routed(directory)
+        return (routed if dtype is None else routed.cast(dtype)), routed.config.decoder
+    from depthwire.models.checkpoints import load_checkpoint
+
+    dense = load_checkpoint(directory, options.checkpoint_map, dtype=dtype)
+    return dense, dense.config
 
 
 def _weights_sha256(directory: Path) -> dict[str, str]:

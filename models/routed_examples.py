@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def example(
-    kind: Kind, *, depth: int = 4, tokens: int = 128, batch: int = 1, **routing: Any
+    kind: Kind,
+    *,
+    depth: int = 4,
+    tokens: int = 128,
+    batch: int = 1,
+    residual: str = "block-layers:2",
+    **routing: Any,
 ) -> tuple[RoutedDecoder, dict[str, Tensor]]:
     """Return a decoder of width 64 and its inputs; the same arguments give the same weights.
 
@@ -27,6 +33,7 @@ def example(
         depth: Layers of the decoder.
         tokens: Tokens of the input.
         batch: Sequences of the input.
+        residual: Of the AttnRes decoder; the other kinds have a plain one.
         routing: Fields of ``RoutingConfig``. The weights do not depend on how it is spelled.
     """
     attn_res = kind == "attn_res"
@@ -40,7 +47,7 @@ def example(
         kv_heads=2,
         head_dim=16,
         mlp_width=128,
-        residual="block-layers:2" if attn_res else "plain",
+        residual=residual if attn_res else "plain",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -153,3 +153,55 @@ def plainly(model: RoutedDecoder, row: Tensor) -> Tensor:
             after[t] = x[t] + (gates[t] if routing.gate == "score" else 1) * (new - x[t])
         x = after
     return cast("Tensor", model.norm(x) @ model.embed_tokens.weight.T)
+
+
+def read(sources: list[Tensor], proj: Any, norm: Any) -> Tensor:
+    """One read of the depth, token by token, from sources ``[tokens, width]``."""
+    rows = []
+    for t in range(len(sources[0])):
+        values = [source[t] for source in sources]
+        keys = [v / (v @ v / len(v) + norm.eps).sqrt() * norm.weight for v in values]
+        weights = torch.stack([proj.weight[0] @ key for key in keys]).softmax(0)
+        rows.append(sum((w * v for w, v in zip(weights, values, strict=True)), 0 * values[0]))
+    return torch.stack(rows)
+
+
+def plainly_attn_res(model: RoutedDecoder, row: Tensor) -> Tensor:
+    """Logits of one sequence without padding, for AttnRes with routed sublayers."""
+    routing, theta, everything = model.config.routing, model.config.decoder.rope_theta, list(range(len(row)))
+    final: Any = model
+    done: list[Tensor] = []
+    open_block: Tensor | None = model.embed_tokens(row)
+    if model.config.decoder.residual == "full":
+        done, open_block = [model.embed_tokens(row)], None
+    for module in model.layers:
+        layer: Any = module
+        for name in ("self_attn", "mlp"):
+            sources = done if open_block is None else [*done, open_block]
+            attention = name == "self_attn"
+            added = layer.attention_routing if attention else layer.mlp_routing
+            chosen = everything
+            if added is not None:
+                score = sources[-1] @ added.router.proj.weight[0]
+                if model.rule == "budget":
+                    chosen = within_budget(score, float(added.threshold), model.capacity, routing.margin)
+                else:
+                    chosen = top(score, max(1, int(model.capacity * len(row))))
+            if attention:
+                x = read(sources, layer.self_attention_res_proj, layer.self_attention_res_norm)
+                outputs = attended(layer, layer.input_layernorm(x), chosen, chosen, theta)
+            else:
+                x = read(sources, layer.mlp_res_proj, layer.mlp_res_norm)
+                outputs = layer.mlp(layer.post_attention_layernorm(x[torch.tensor(chosen, dtype=torch.int64)]))
+            source = torch.zeros_like(x) if added is None or added.prior is None else added.prior(sources[-1])
+            for t, output in zip(chosen, outputs, strict=True):
+                source[t] = output if added is None or routing.gate == "unit" else score[t] * output
+            if attention and layer.boundary:
+                done, open_block = sources, None
+            if layer.full:
+                done = [*done, source]
+            else:
+                open_block = source if open_block is None else open_block + source
+    sources = done if open_block is None else [*done, open_block]
+    x = model.norm(read(sources, final.output_attn_res_proj, final.output_attn_res_norm))
+    return cast("Tensor", x @ model.embed_tokens.weight.T)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from depthwire.models.attn_res import AttnResDecoder
 from depthwire.models.routed_decoder import annealed_capacity
-from tests.models.routed import FP64, KINDS, SPELLINGS, TOKENS, close, ids, make, padding, plainly
+from tests.models.routed import FP64, KINDS, SPELLINGS, TOKENS, close, ids, make, padding, plainly, plainly_attn_res
 
 if TYPE_CHECKING:
     from depthwire.models._stream import LayerRecord
@@ -62,6 +62,22 @@ def open_thresholds(model: RoutedDecoder) -> None:
 def test_every_kind_computes_its_equations(kind: Kind, routing: dict[str, Any]) -> None:
     model, tokens = make(kind, **routing), ids(tokens=11)
     close(model(tokens), torch.stack([plainly(model, row) for row in tokens]))
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"unit": "both", "fallback": "zero", "rule": "top-k", "residual": "block-layers:2"},
+        {"unit": "both", "fallback": "prior", "rule": "budget", "residual": "full"},
+        {"unit": "attention", "fallback": "prior", "rule": "top-k", "residual": "full", "layers": (0, 3)},
+        {"unit": "mlp", "fallback": "zero", "rule": "top-k", "residual": "block-layers:1", "gate": "score"},
+    ],
+    ids=lambda routing: "-".join(map(str, routing.values())),
+)
+@torch.no_grad()
+def test_a_source_left_out_is_zero_or_its_prior_for_every_later_read(routing: dict[str, Any]) -> None:
+    model, tokens = make("attn_res", **routing), ids(tokens=10)
+    close(model(tokens), torch.stack([plainly_attn_res(model, row) for row in tokens]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,22 +10,22 @@ namespace depthwire {
 namespace avx512 {
 extern const Kernels kTable[3];
 extern const RoutingKernels kRouting;
-}
+}  // namespace avx512
 namespace avx2 {
 extern const Kernels kTable[3];
 extern const RoutingKernels kRouting;
-}
+}  // namespace avx2
 #elif defined(__aarch64__)
 namespace neon {
 extern const Kernels kTable[3];
 extern const RoutingKernels kRouting;
-}
+}  // namespace neon
 #endif
 #if !defined(__aarch64__)
 namespace baseline {
 extern const Kernels kTable[3];
 extern const RoutingKernels kRouting;
-}
+}  // namespace baseline
 #endif
 
 namespace {

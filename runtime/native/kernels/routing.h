@@ -43,8 +43,8 @@ struct SurpriseCall {
   void* rank;             // [rows, tokens]: the criterion CE until surprise_rank
 };
 
-// `row` is one sequence, `first` to `last` are tokens of any. Arrays by Score or by the element type of delta and prior:
-// f32, f16, bf16 with ranks of f32, and f64 with ranks of f64.
+// `row` is one sequence, `first` to `last` are tokens of any. Arrays by Score or by the element type of delta and
+// prior: f32, f16, bf16 with ranks of f32, and f64 with ranks of f64.
 struct RoutingKernels {
   void (*select[2])(const SelectCall& call, std::int64_t row, void* keys);  // scratch: `tokens` scores
   void (*select_budget[2])(const BudgetCall& call, std::int64_t row);

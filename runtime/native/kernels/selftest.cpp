@@ -1,5 +1,7 @@
 // Runs every kernel of every instruction set that this CPU has against the formulas in fp64, and prints one line each.
 // For machines without Python or ONNX Runtime: cross-compiled builds run it under qemu-user. Exit status 0 if all hold.
+#include "selftest.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -8,7 +10,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "selftest.h"
 
 using depthwire::Element;
 

@@ -42,9 +42,7 @@ struct Selection {
     }
   }
 
-  SelectCall call() {
-    return {score.data(), valid.data(), tokens, slots, windows, index.data(), taken.data()};
-  }
+  SelectCall call() { return {score.data(), valid.data(), tokens, slots, windows, index.data(), taken.data()}; }
 
   // Whether the slots hold the selected tokens, then the first others.
   bool holds(const std::vector<bool>& selected) const {
@@ -136,8 +134,8 @@ double surprise_error(const depthwire::RoutingKernels& kernels, int element, std
   std::vector<std::uint8_t> valid(count, 1);
   std::fill_n(valid.begin(), lead, 0);
   std::vector<Rank> still(count), rank(count);
-  SurpriseCall call{delta.data(), prior.data(), tokens,       width, window, valid.data(), 0.0247,
-                    1.1,          beta,         beta / 2, still.data(),  rank.data()};
+  SurpriseCall call{delta.data(), prior.data(), tokens, width,    window,       valid.data(),
+                    0.0247,       1.1,          beta,   beta / 2, still.data(), rank.data()};
   std::vector<double> scratch(depthwire::surprise_scratch(call));
   kernels.surprise_sums[element](call, 0, tokens);
   kernels.surprise_rank[sizeof(Rank) == 8](call, 0, scratch.data());

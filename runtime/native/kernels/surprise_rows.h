@@ -109,9 +109,7 @@ inline F32 softplus(F32 z) {
   const F32 positive = z > zero ? z : zero;  // NaN comes in with the other term
   return positive + log1p_of_fraction(exp_nonpositive(z > zero ? -z : z));
 }
-inline double softplus(double z) {
-  return (z > 0 ? z : 0) + __builtin_log1p(__builtin_exp(z > 0 ? -z : z));
-}
+inline double softplus(double z) { return (z > 0 ? z : 0) + __builtin_log1p(__builtin_exp(z > 0 ? -z : z)); }
 
 inline void ranks(const SurpriseCall& call, const float* still, const double* mean, const uint8_t* valid, float* rank) {
   const float m_cu = static_cast<float>(call.m_cu);

@@ -1,4 +1,5 @@
-// The tables of one instruction set's kernels. Compiled by kernels/isa_*.cpp, each with its own flags and DEPTHWIRE_ISA.
+// The tables of one instruction set's kernels. Compiled by kernels/isa_*.cpp, each with its own flags and
+// DEPTHWIRE_ISA.
 #include "inter_rows.h"
 #include "select_rows.h"
 #include "surprise_rows.h"

@@ -68,7 +68,8 @@ struct Call {
     if (call.numerator < 0 || call.denominator < 1) {
       return refuse(api, spec,
                     "input 'budget' begins with " + std::to_string(call.numerator) + " and " +
-                        std::to_string(call.denominator) + ", wanted a numerator of 0 or more, a denominator of 1 or more");
+                        std::to_string(call.denominator) +
+                        ", wanted a numerator of 0 or more, a denominator of 1 or more");
     }
     for (std::int64_t i = 0; i < 2 * operands.batch; ++i) {
       if (call.state[i] >= 0 && call.state[i] <= kMostSeen) continue;
@@ -166,11 +167,16 @@ struct Call {
   template <class Body>
   static void with_size(std::int64_t bytes, const Body& body) {
     switch (bytes) {
-      case 1: return body([] { return std::size_t{1}; });
-      case 2: return body([] { return std::size_t{2}; });
-      case 4: return body([] { return std::size_t{4}; });
-      case 8: return body([] { return std::size_t{8}; });
-      default: return body([bytes] { return static_cast<std::size_t>(bytes); });
+      case 1:
+        return body([] { return std::size_t{1}; });
+      case 2:
+        return body([] { return std::size_t{2}; });
+      case 4:
+        return body([] { return std::size_t{4}; });
+      case 8:
+        return body([] { return std::size_t{8}; });
+      default:
+        return body([bytes] { return static_cast<std::size_t>(bytes); });
     }
   }
 
@@ -210,7 +216,8 @@ struct Call {
     DEPTHWIRE_TRY(in_parts(api, context, rows, bytes, sum));
     const auto rank = [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t row = first; row < last; ++row) {
-        routing_kernels().surprise_rank[wide()](call, row, scratch.data() + scratch_size * static_cast<std::size_t>(row));
+        routing_kernels().surprise_rank[wide()](call, row,
+                                                scratch.data() + scratch_size * static_cast<std::size_t>(row));
       }
     };
     return in_parts(api, context, operands.batch, operands.tokens * 64, rank);
@@ -224,11 +231,16 @@ OrtStatus* compute_routing(const OrtApi& api, const RoutingSpec& spec, const Rou
   Call call{api, spec, context, {}};
   DEPTHWIRE_TRY(fetch_routing(api, spec, attributes, context, call.operands));
   switch (spec.kind) {
-    case Routing::select: return call.select(attributes.window);
-    case Routing::select_budget: return call.select_budget();
-    case Routing::gather: return call.gather();
-    case Routing::scatter: return call.scatter();
-    default: return call.surprise(attributes.window);
+    case Routing::select:
+      return call.select(attributes.window);
+    case Routing::select_budget:
+      return call.select_budget();
+    case Routing::gather:
+      return call.gather();
+    case Routing::scatter:
+      return call.scatter();
+    default:
+      return call.surprise(attributes.window);
   }
 } catch (const std::bad_alloc&) {
   return api.CreateStatus(ORT_FAIL, "depthwire: out of memory");

@@ -53,7 +53,8 @@ std::size_t base_inplace(int** inputs, int** outputs) {
 
 // Types of outputs that do not follow an input's.
 ONNXTensorElementDataType output_type(const RoutingSpec& spec, std::size_t index) {
-  if (spec.kind != Routing::select && spec.kind != Routing::select_budget) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  if (spec.kind != Routing::select && spec.kind != Routing::select_budget)
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   return index == 1 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 }
 

@@ -142,11 +142,16 @@ OrtStatus* fetch_routing(const OrtApi& api, const RoutingSpec& spec, const Routi
   }
   const Checker checker{api, spec, operands};
   switch (spec.kind) {
-    case Routing::select: return checker.select(attributes.window);
-    case Routing::select_budget: return checker.select_budget();
-    case Routing::gather: return checker.rows();
-    case Routing::scatter: return checker.scatter();
-    default: return checker.surprise(attributes.window);
+    case Routing::select:
+      return checker.select(attributes.window);
+    case Routing::select_budget:
+      return checker.select_budget();
+    case Routing::gather:
+      return checker.rows();
+    case Routing::scatter:
+      return checker.scatter();
+    default:
+      return checker.surprise(attributes.window);
   }
 }
 

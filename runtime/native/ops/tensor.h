@@ -25,20 +25,34 @@ struct ElementType {
 
 inline ElementType element_type(ONNXTensorElementDataType type) {
   switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return {"float", 4};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return {"float16", 2};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return {"bfloat16", 2};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE: return {"double", 8};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return {"int64", 8};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return {"int32", 4};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16: return {"int16", 2};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return {"int8", 1};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT64: return {"uint64", 8};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT32: return {"uint32", 4};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16: return {"uint16", 2};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return {"uint8", 1};
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL: return {"bool", 1};
-    default: return {nullptr, 0};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return {"float", 4};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return {"float16", 2};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return {"bfloat16", 2};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
+      return {"double", 8};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+      return {"int64", 8};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
+      return {"int32", 4};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16:
+      return {"int16", 2};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      return {"int8", 1};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT64:
+      return {"uint64", 8};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT32:
+      return {"uint32", 4};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16:
+      return {"uint16", 2};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
+      return {"uint8", 1};
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL:
+      return {"bool", 1};
+    default:
+      return {nullptr, 0};
   }
 }
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from depthwire.passes._match import value
+from depthwire.passes._match import aten, is_call, value
 from depthwire.passes.analysis.depth_axes import DEPTH, REPEAT, Atom, Dim, Dims, fused, has_axis, whole
 from depthwire.passes.analysis.depth_constants import Constants, spread
 from depthwire.passes.analysis.depth_merge import added, normalised
@@ -100,7 +100,7 @@ def contract(
         reason = _clash(context, terms)
     elif reason is None and not _agree(terms, operands, labels, axes):
         reason = "unsupported"
-    factors = _constants(context, operands, labels, axes, new=any(_is_stack(each) for each in values))
+    factors = _constants(context, operands, labels, axes, new=any(_is_stack(context, each) for each in values))
     if factors is None:
         return None
     dims = tuple(axes[label] for label in out)
@@ -116,9 +116,11 @@ def contract(
     return context.taint(dims, summed or "unsupported")
 
 
-def _is_stack(term: Value) -> bool:
-    """Tell whether a value runs over sources, or over one that is normalised and may have been stacked alone."""
-    return term.deep or (isinstance(term, Term) and () in term.dims and term.find(Moment) is not None)
+def _is_stack(context: Context, term: Value) -> bool:
+    """Tell whether a value runs over sources, or over one that may be a stack of one: normalised, before no layer."""
+    if term.deep or is_call(context.node, aten.linear.default):
+        return term.deep
+    return isinstance(term, Term) and () in term.dims and term.find(Moment) is not None
 
 
 def _sum_labels(

@@ -52,7 +52,7 @@ def capture(length: int) -> Program:
 
 def operations(program: Program) -> int:
     """Return the floating-point operations of one run: matrix products and attention, causal or not in full."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - an operator's name
     with FlopCounterMode(display=False, custom_mapping={flash: _attention}) as counter, torch.no_grad():
         program.module()(*program.example_inputs.values())
     return int(counter.get_total_flops())
@@ -94,12 +94,13 @@ def measure(length: int, runs: int, threads: int, forms: list[str], rule: str) -
         value, upper = ratio(seconds[name], seconds["dense"])
         report(f"{name}_t{length}", value, "ratio", f"{how}; 95 % upper bound {upper:.4f}", runs)
         report(f"{name}_t{length}_flops", share, "ratio", "operations of the dense model", 1)
-        report(f"{name}_t{length}_over_flops", value / share, "ratio", f"95 % upper bound {upper / share:.4f}", runs)
+        bound = f"95 % upper bound {upper / share:.4f}"
+        report(f"{name}_t{length}_over_flops", value / share, "ratio", bound, runs)
     for capacity in CAPACITIES:
         surprise, plain = f"sdt_c{round(capacity * 100)}", f"routed_c{round(capacity * 100)}"
         if surprise in seconds and plain in seconds:
-            share = float(np.median(seconds[surprise] - seconds[plain]) / np.median(seconds[surprise]))
-            report(f"surprise_share_c{round(capacity * 100)}_t{length}", share, "ratio", "the routed model's time", runs)
+            cost = float(np.median(seconds[surprise] - seconds[plain]) / np.median(seconds[surprise]))
+            report(f"surprise_share_c{round(capacity * 100)}_t{length}", cost, "ratio", "the routed model's time", runs)
 
 
 def main() -> None:

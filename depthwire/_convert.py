@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from depthwire import _flow
 from depthwire._build import build_stage, has_engine, require_backend
 from depthwire._outdir import check_out, disk_full_as_error, free_bytes, removed_unless_vouched, require_space
+from depthwire._quality import quality_stage
 from depthwire._results import Plan, Result, VerificationError
 from depthwire._verify import verify_stage
 from depthwire.errors import DepthwireError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from depthwire._flow import Examples, Model, Window
     from depthwire.artifact import Artifact, EngineInfo
+    from depthwire.export._route_manifest import RoutedGraphs
     from depthwire.program import Program
     from depthwire.recipe import Recipe
     from depthwire.runtime.target import Target
@@ -80,7 +82,9 @@ def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
         from depthwire.export.write import write_artifact
 
         stage.update("translating")
-        model = to_onnx(run.rewritten.program, opset=opset)
+        carry = bool(recipe.route.carry)
+        model = to_onnx(run.rewritten.program, opset=opset, carry=carry)
+        routed = _routed_graphs(run.rewritten, opset, carry=carry)
         artifact = write_artifact(
             run.out,
             original=run.original,
@@ -90,10 +94,25 @@ def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
             recipe=recipe.resolved(),
             checkpoints=run.rewritten.checkpoints,
             progress=lambda done, total: stage.progress("writing weights", done / max(total, 1)),
+            routed=routed,
         )
         stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
         stage.detail += f", {len(model.graph)} nodes"
+        if run.rewritten.variants:
+            stage.detail += f", graphs of {len(run.rewritten.variants)} more capacities"
     return windows, artifact
+
+
+def _routed_graphs(rewritten: _flow.Rewritten, opset: int, *, carry: bool) -> RoutedGraphs | None:
+    """Translate the routed model at its further capacities."""
+    from depthwire.export._route_manifest import RoutedGraphs, graph_name
+    from depthwire.export.to_onnx import to_onnx
+
+    if rewritten.route is None:
+        return None
+    capacities = {graph_name(share): share for share in (each.route.spec.capacity[0] for each in rewritten.variants)}
+    models = [to_onnx(each.program, opset=opset, carry=carry) for each in rewritten.variants]
+    return RoutedGraphs(rewritten.route.spec, dict(zip(capacities, models, strict=True)), capacities)
 
 
 def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -> Result:
@@ -101,11 +120,14 @@ def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -
     verdict: VerifyReport | None = None
     engine: EngineInfo | None = None
     failure: DepthwireError | None = None
+    quality: dict[str, Any] | None = None
     try:
+        if run.rewritten.route is not None:
+            quality = quality_stage(run.original, run.rewritten.reference, windows, recipe, stages)
         if recipe.verify.enabled:
             # A file of inputs says itself how many windows there are.
             chosen = windows if recipe.goldens.inputs is not None else windows[: recipe.verify.windows]
-            verdict = verify_stage(artifact, run.rewritten.reference, run.rewritten.program, chosen, stages)
+            verdict = verify_stage(artifact, run.rewritten, chosen, stages)
         if recipe.build.enabled and has_engine(run.target):
             engine = build_stage(artifact, run.target, recipe.build, stages)
     except VerificationError as error:
@@ -113,7 +135,8 @@ def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -
     except DepthwireError as error:
         failure = error
     verify = None if verdict is None else verdict.as_dict()
-    document = make_report(artifact, stages, structure=run.rewritten.structure, verify=verify, failure=failure)
+    structure = run.rewritten.structure
+    document = make_report(artifact, stages, structure=structure, verify=verify, quality=quality, failure=failure)
     write_report(artifact, document)
     if failure is not None:
         raise failure

@@ -35,6 +35,8 @@ class Options(TypedDict, total=False):
     route_seed: int | None
     route_layers: str | None
     capacity: float | str | None
+    capacities: str | None
+    route_carry: bool | None
     route_unit: Literal["block", "attention", "mlp"] | None
     route_keys_values: Literal["selected", "all"] | None
     route_rule: Literal["budget", "top-k"] | None
@@ -51,6 +53,7 @@ class Options(TypedDict, total=False):
     seed: int
     verify: bool
     windows: int
+    max_perplexity_increase: float | None
     build: bool
     compute_capabilities: Sequence[str] | None
     workspace: int | str | None

@@ -107,6 +107,11 @@ class RouteOptions(_Strict):
     """Routed layers, counted from 0: ``9,11,13``, ``8-20:2``, ``every:2`` or ``all``."""
     capacity: Annotated[str | None, BeforeValidator(_capacity)] = None
     """Share of the tokens that a routed layer computes, such as 0.5 or 50%; or one per layer, with commas."""
+    capacities: Annotated[str | None, BeforeValidator(_capacity)] = None
+    """Further capacities, such as ``12.5%,25%,100%``: a graph for each over the same weights; the first is that of
+    ``model.onnx`` where ``capacity`` is absent and the parts hold none."""
+    carry: bool | None = None
+    """Return the counts of the running budgets (``route_states_out``), for the next chunk to start with."""
     unit: Literal["block", "attention", "mlp"] | None = None
     """What an unselected token skips (default ``block``: the whole layer)."""
     keys_values: Literal["selected", "all"] | None = None
@@ -158,6 +163,13 @@ class VerifyOptions(_Strict):
     """Windows to compare on; the first ones are those of the goldens."""
 
 
+class QualityOptions(_Strict):
+    """How much a routed model may lose against the original."""
+
+    max_perplexity_increase: Annotated[float, Field(ge=0)] | None = None
+    """Largest relative increase of the perplexity on the windows (0.05: 5 %); no limit when absent."""
+
+
 class BuildOptions(_Strict):
     """How the engine is built."""
 
@@ -194,6 +206,7 @@ class Recipe(_Strict):
     """ONNX opset; the target's when absent."""
     goldens: GoldenOptions = GoldenOptions()
     verify: VerifyOptions = VerifyOptions()
+    quality: QualityOptions = QualityOptions()
     build: BuildOptions = BuildOptions()
     out: FilePath | None = None
     """Directory to write."""

@@ -45,6 +45,8 @@ class Inspection:
         reads: One entry per read of such a model: node, module, the module that takes it, sources, options.
         artifact: The artefact, or ``None`` for a model.
         depth_weights: ``DepthWeights.as_dict()``, if they were asked for.
+        routing: ``RoutingMap.as_dict()``, if it was asked for.
+        compute: Of a routed artefact: the work of every graph by layer (``runtime.accounting``).
     """
 
     source: Mapping[str, Any]
@@ -52,13 +54,17 @@ class Inspection:
     reads: Sequence[Mapping[str, Any]] | None = None
     artifact: Artifact | None = None
     depth_weights: Mapping[str, Any] | None = None
+    routing: Mapping[str, Any] | None = None
+    compute: Sequence[Mapping[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as JSON-ready values."""
         manifest = None if self.artifact is None else self.artifact.manifest.model_dump(mode="json")
         reads = None if self.reads is None else [dict(read) for read in self.reads]
         found = {"source": dict(self.source), "structure": self.structure, "reads": reads, "manifest": manifest}
-        return found if self.depth_weights is None else {**found, "depth_weights": self.depth_weights}
+        compute = None if self.compute is None else [*self.compute]
+        more = {"depth_weights": self.depth_weights, "routing": self.routing, "compute": compute}
+        return {**found, **{name: value for name, value in more.items() if value is not None}}
 
 
 @dataclass(frozen=True)

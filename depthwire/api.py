@@ -85,6 +85,7 @@ def inspect(
     stages: Stages | None = None,
     example_inputs: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
     depth_weights: bool = False,
+    routing: bool = False,
     out: str | Path | None = None,
     **options: Unpack[Options],
 ) -> Inspection:
@@ -97,8 +98,11 @@ def inspect(
         example_inputs: Inputs of an ``nn.Module``.
         depth_weights: Run an AttnRes model on ``text`` or ``inputs`` and return, instead of the structure, the mean
             weight of every source of every read.
-        out: Directory for ``report.json`` and the heat map of the depth weights.
-        **options: Those of the recipe's ``source`` section; ``text``, ``inputs`` and ``windows`` for depth weights.
+        routing: Run a routed model (or one that the ``route`` options route) on ``text`` or ``inputs`` and return which
+            layer computes which token.
+        out: Directory for ``report.json`` and the pictures of either.
+        **options: Those of the recipe's ``source`` section; ``text``, ``inputs`` and ``windows`` for depth weights and
+            routing.
 
     Raises:
         UsageError: An option cannot be meant, or the model does not read the depth.
@@ -109,18 +113,27 @@ def inspect(
     from depthwire import _flow
 
     model, resolved = combine(source, None, recipe, options)
-    if depth_weights:
-        from depthwire._depth_weights import inspect_depth_weights
-
-        return inspect_depth_weights(
-            model, resolved, stages or Stages(), example_inputs, None if out is None else Path(out)
+    if depth_weights and routing:
+        raise UsageError(
+            "capture.option-without-effect",
+            "an inspection shows depth weights or the routing",
+            at="routing",
+            want="one of depth_weights and routing",
+            got="both",
+            todo="Inspect twice.",
         )
+    if depth_weights or routing:
+        from depthwire._depth_weights import inspect_depth_weights
+        from depthwire._routing_map import inspect_routing
+
+        look = inspect_routing if routing else inspect_depth_weights
+        return look(model, resolved, stages or Stages(), example_inputs, None if out is None else Path(out))
     if out is not None:
         raise UsageError(
             "capture.option-without-effect",
-            "only depth weights are written to a directory",
+            "only depth weights and routing are written to a directory",
             at="out",
-            want="depth_weights=True, or no 'out'",
+            want="depth_weights=True, routing=True, or no 'out'",
             got=str(out),
             todo="Leave it out.",
         )

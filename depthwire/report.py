@@ -1,7 +1,7 @@
 """The report: one JSON document about a run, and the same as a page that needs no network.
 
-Sections: verdict, source, stages, structure, passes, verify, engines, files. ``depthwire verify`` and ``depthwire
-build`` replace their own sections and leave the others.
+Sections: verdict, source, stages, structure, passes, verify, compute, engines, files. ``depthwire verify`` and
+``depthwire build`` replace their own sections and leave the others.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def make_report(
     *,
     structure: Mapping[str, Any] | None = None,
     verify: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
     failure: DepthwireError | None = None,
 ) -> dict[str, Any]:
     """Return the report of an artefact; sections that are not given are taken over from the report on disk.
@@ -48,11 +49,17 @@ def make_report(
             the stages are those of the conversion.
         structure: ``ResidualStream.as_dict()``.
         verify: ``VerifyReport.as_dict()``.
+        quality: What a rewrite that changes the function costs (``depthwire._quality``).
         failure: The error that ended the run, if one did.
     """
     manifest = artifact.manifest
     before = read_report(artifact) or {}
     verify = verify if verify is not None else before.get("verify")
+    compute = before.get("compute")
+    if compute is None and manifest.route is not None:
+        from depthwire.runtime.accounting import account_graphs
+
+        compute = account_graphs(artifact)
     return {
         "schema_version": SCHEMA_VERSION,
         "depthwire": manifest.depthwire,
@@ -65,6 +72,8 @@ def make_report(
         "structure": structure if structure is not None else before.get("structure"),
         "passes": [info.model_dump(mode="json") for info in manifest.passes],
         "verify": verify,
+        "quality": quality if quality is not None else before.get("quality"),
+        "compute": compute,
         "engines": {name: info.model_dump(mode="json") for name, info in manifest.engines.items()},
         "kernels": None if manifest.kernels is None else manifest.kernels.model_dump(mode="json"),
         "custom_ops": {name: op.model_dump(mode="json") for name, op in manifest.custom_ops.items()},

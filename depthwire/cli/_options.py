@@ -97,6 +97,8 @@ def route_options(function: F) -> F:
         click.option("--route-seed", type=int, help="Draw untrained routers instead, to measure speed with."),
         click.option("--route-layers", metavar="LIST", help="Routed layers: 9,11,13 or 8-20:2, every:2, all."),
         click.option("--capacity", metavar="SHARE", help="Tokens that a routed layer computes: 0.5 or 50%."),
+        click.option("--capacities", metavar="LIST", help="A graph for each of these too, such as 12.5%,25%,50%,100%."),
+        click.option("--route-carry", is_flag=True, default=None, help="Return the counts for the next chunk."),
         choice("unit", ("block", "attention", "mlp"), "What an unselected token skips (default block)."),
         choice("keys-values", ("selected", "all"), "Keys and values of a routed attention (default selected)."),
         choice("rule", ("budget", "top-k"), "budget is causal (default for causal LMs); top-k looks ahead."),
@@ -128,6 +130,12 @@ def window_options(function: F) -> F:
         [
             click.option("--text", type=FILE, help="Text to compare on; random inputs when absent."),
             click.option("--inputs", type=FILE, help="Inputs to compare on (.safetensors or .npz)."),
+            click.option(
+                "--max-perplexity-increase",
+                type=float,
+                metavar="SHARE",
+                help="Fail if routing raises the windows' perplexity by more (0.05: 5 %).",
+            ),
             click.option("--windows", type=int, help="Windows to compare on (default 4)."),
         ]
     )(function)

@@ -64,3 +64,22 @@ def test_another_order_of_elements_is_noticed() -> None:
     broken = sabotaged(after, lambda edit: edit.set_arg(named(edit, aten.transpose.int)[0], 2, 3))
     with pytest.raises((AssertionError, RuntimeError)):
         assert_parity(program, broken)
+
+
+class Transpositions(nn.Module):
+    """The two transpositions that name no axes; the exporter has no translation for the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.T.T).mT @ x
+
+
+def test_transpositions_say_which_axes_they_exchange() -> None:
+    program = program_of(Transpositions(), torch.randn(2, 3, 5, dtype=torch.float64))
+    result = apply(CanonicalizeViews(), program)
+    orders = [node.args[1] for node in result.program.exported.graph.nodes if node.target is aten.permute.default]
+    assert orders == [[1, 0], [1, 0], [0, 2, 1]]
+    assert_parity(program, result.program)

@@ -68,6 +68,14 @@ class RouteSpec:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
+        if list(self.layers) != sorted({layer for layer in self.layers if layer >= 0}):
+            raise _refusal(
+                "route.layers",
+                "The routed layers are not in order",
+                want="different numbers from 0, ascending",
+                got=", ".join(map(str, self.layers)),
+                todo="Sort them, and name each once.",
+            )
         if len(self.capacity) not in (1, len(self.layers)):
             raise _refusal(
                 "route.capacity",
@@ -181,7 +189,9 @@ def parse_layers(text: str, count: int | None = None) -> tuple[int, ...]:
     step = re.fullmatch(r"every:([1-9]\d*)", text.strip())
     if (step is not None or text.strip() == "all") and count is not None:
         every = 1 if step is None else int(step[1])
-        return tuple(range(every - 1, count, every))
+        layers = tuple(range(every - 1, count, every))
+        check_layers(layers, count)
+        return layers
     found: set[int] = set()
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())

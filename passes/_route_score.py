@@ -44,7 +44,7 @@ class RouteScore:
         """Return what ranks the tokens, ``[B, T]`` fp32 (fp64 in an fp64 model)."""
         spec, state = self.parts.spec, self.edit.copy_of(self.unit.state)
         if spec.score == "surprise":
-            return self._surprise(state)
+            return self._surprise()
         if spec.score == "linear":
             logits = self._linear(self._wide(self._normed()), "router.weight", "router.bias")
             return self._call(aten.squeeze.dim, (logits, -1))
@@ -96,8 +96,8 @@ class RouteScore:
             )
         return self.edit.copy_of(self.unit.normed)
 
-    def _surprise(self, state: torch.fx.Node) -> torch.fx.Node:
-        if self.unit.previous is None or not self.unit.residual:
+    def _surprise(self) -> torch.fx.Node:
+        if self.unit.updated is None or not self.unit.residual:
             raise PassError(
                 "route.surprise",
                 "The surprise of a layer cannot be measured",
@@ -106,8 +106,8 @@ class RouteScore:
                 got="the first layer" if self.unit.residual else "AttnRes sources",
                 todo="Route later layers, or use another --route-score.",
             )
-        before = self.edit.copy_of(self.unit.previous)
-        delta = self._call(aten.sub.Tensor, (state, before))
+        before, after = map(self.edit.copy_of, self.unit.updated)
+        delta = self._call(aten.sub.Tensor, (after, before))
         gain = self._parameter("surprise.norm", self._dtype)
         normed = self._call(aten.rms_norm.default, (before, [value(before).shape[-1]], gain, PRIOR_EPS))
         prior = self._swiglu(normed, "surprise", self._dtype)

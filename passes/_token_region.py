@@ -12,20 +12,22 @@ the causal mask over K slots.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from depthwire.errors import PassError
-from depthwire.ops import gather_tokens  # noqa: F401 - registers the operator
 from depthwire.passes._base import where
 from depthwire.passes._match import CASTS, argument, aten, constants_of, is_call, value
+from depthwire.passes._token_tables import FRONT, Selection, TokenTables
 from depthwire.passes.analysis.token_axes import (
     RESHAPES,
     SOFTMAX,
     Axes,
+    Place,
     TokenAxisError,
+    batch_place,
     kept,
     moved,
     reshaped,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from depthwire.passes._edit import GraphEditor
     from depthwire.program import Program
 
-GATHER = torch.ops.depthwire.gather_tokens.default
 _SDPA = aten.scaled_dot_product_attention.default
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _JOINS = (aten.cat.default, aten.stack.default)
@@ -59,25 +60,6 @@ class Rows:
     causal: bool = False
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which tokens are computed.
-
-    Attributes:
-        index: ``[B, K]`` int64.
-        taken: ``[B, K]`` bool; ``None`` if every slot is known to hold a selected token.
-        tokens: T.
-        slots: K.
-        all_keys: Whether all tokens are keys and values.
-    """
-
-    index: torch.fx.Node
-    taken: torch.fx.Node | None
-    tokens: int
-    slots: int
-    all_keys: bool
-
-
 @dataclass
 class TokenRegion:
     """The operations between gathered states and a sublayer's results.
@@ -87,22 +69,25 @@ class TokenRegion:
         program: What the graph was made from; its constants are looked at.
         boundary: States ``[B, T, d]`` at which tokens are gathered.
         selection: Which tokens.
-        place: Before which node new ones are inserted; moves from one result to the next.
+        place: Before which node new ones are inserted.
     """
 
     edit: GraphEditor
     program: Program
     boundary: frozenset[torch.fx.Node]
     selection: Selection
-    place: torch.fx.Node
+    place: InitVar[torch.fx.Node]
     _known: dict[torch.fx.Node, Rows] = field(default_factory=dict)
-    _gathered: dict[object, torch.fx.Node] = field(default_factory=dict)
-    _inside: set[torch.fx.Node] = field(default_factory=set)
+    _batch: dict[torch.fx.Node, Place | None] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, place: torch.fx.Node) -> None:
         """Find what depends on the boundary."""
         self._inside = descendants(self.boundary)
-        self._constants = constants_of(self.program)
+        self._tables = TokenTables(self.edit, self.selection, constants_of(self.program), place)
+
+    def move_to(self, place: torch.fx.Node) -> None:
+        """Insert what follows before another node."""
+        self._tables.place = place
 
     def rows(self, node: torch.fx.Node) -> Rows:
         """Return a node's value for the selected tokens.
@@ -113,6 +98,7 @@ class TokenRegion:
         for step in self._order(node):
             if step not in self._known:
                 try:
+                    self._batch[step] = self._batch_of(step)
                     self._known[step] = self._emit(step)
                 except TokenAxisError as error:
                     raise _refusal(step, str(error)) from error
@@ -120,10 +106,7 @@ class TokenRegion:
 
     def gather(self, node: torch.fx.Node) -> torch.fx.Node:
         """Return the selected rows of a value ``[B, T, …]``."""
-        key = ("rows", node)
-        if key not in self._gathered:
-            self._gathered[key] = self._call(GATHER, (node, self.selection.index), node)
-        return self._gathered[key]
+        return self._tables.rows(node)
 
     def _order(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """Return the nodes that a value is made of, operands first (no recursion: graphs are deep)."""
@@ -197,10 +180,31 @@ class TokenRegion:
         return self._known[node].node if node in self._known else node
 
     def _call(self, target: Any, args: Any, like: torch.fx.Node, kwargs: Any = None) -> torch.fx.Node:
-        name = f"{like.name}_routed" if target is like.target else None
-        if like.op != "call_function":
-            like = self.place  # an input has no provenance
-        return self.edit.call(target, args, kwargs, before=self.place, like=like, name=name)
+        return self._tables.call(target, args, like, kwargs)
+
+    def _batch_of(self, node: torch.fx.Node) -> Place | None:
+        """Return where a value has its batch; ``None`` if that is not known."""
+        if node in self.boundary:
+            return FRONT
+        first = next(operand for operand in node.all_input_nodes if operand in self._known)
+        found = self._batch[first]
+        if found is None or is_call(node, operator.getitem):
+            return found
+        before, after = value(first), value(node)
+        if is_call(node, *RESHAPES):
+            old, new = ([int(n) for n in tensor.shape] for tensor in (before, after))
+            return batch_place(old, new, found, self.selection.batch)
+        if first is node.args[0]:
+            axes = moved(node, dict([found]))
+            axes = kept(node, dict([found])) if axes is None else axes
+            if axes is not None:
+                return next(iter(axes.items()))
+        stacks = is_call(node, aten.stack.default)
+        if not isinstance(after, torch.Tensor):
+            return None
+        axis = found[0] + after.dim() - before.dim() - stacks
+        along = int(argument(node, 1, "dim", 0)) % after.dim() if stacks else after.dim()
+        return axis + (axis >= along), found[1]
 
     def _reshape(self, node: torch.fx.Node) -> Rows:
         source: Any = node.args[0]
@@ -228,7 +232,7 @@ class TokenRegion:
         axes = self._united(parts, rank - stacks)
         if along in axes and not stacks:
             raise TokenAxisError("joins tokens with tokens")
-        routed = [self._aligned(part, axes, rank - stacks) for part in parts]
+        routed = [self._aligned(part, axes, node, int(stacks)) for part in parts]
         if stacks:
             axes = {axis + (axis >= along): lead for axis, lead in axes.items()}
         return Rows(self._call(node.target, (routed, along), node), axes)
@@ -244,7 +248,7 @@ class TokenRegion:
         for operand in tensors:
             triangle = self._triangle(operand) if len(axes) == 2 else None
             causal = causal or triangle is not None
-            routed[operand] = self._aligned(operand, axes, rank) if triangle is None else triangle
+            routed[operand] = self._aligned(operand, axes, node) if triangle is None else triangle
 
         def replaced(operand: torch.fx.Node) -> torch.fx.Node:
             return routed.get(operand, operand)
@@ -259,7 +263,7 @@ class TokenRegion:
         axes, rank = self._known[first].axes, value(first).dim()
 
         def replaced(operand: torch.fx.Node) -> torch.fx.Node:
-            return self._aligned(operand, axes, rank) if value(operand).dim() == rank else self._routed(operand)
+            return self._aligned(operand, axes, node) if value(operand).dim() == rank else self._routed(operand)
 
         args = torch.fx.node.map_arg(node.args, replaced)
         return Rows(self._call(node.target, args, node, node.kwargs), axes)
@@ -273,51 +277,27 @@ class TokenRegion:
                 axes.update({axis + shift: lead for axis, lead in self._known[operand].axes.items()})
         return axes
 
-    def _aligned(self, operand: torch.fx.Node, axes: Axes, rank: int) -> torch.fx.Node:
-        """Return an operand with the selected tokens along every routed axis that it is not broadcast over."""
+    def _aligned(self, operand: torch.fx.Node, axes: Axes, node: torch.fx.Node, shift: int = 0) -> torch.fx.Node:
+        """Return an operand of a node with the selected tokens along every axis that it is not broadcast over.
+
+        Args:
+            operand: What is broadcast.
+            axes: The routed axes of what it is broadcast to.
+            node: What is computed.
+            shift: By how much the node's rank exceeds that of what its operands are broadcast to.
+        """
         rows = self._known.get(operand, Rows(operand, {}))
-        shift = rank - value(operand).dim()
-        node = rows.node
-        for axis, lead in axes.items():
-            own = axis - shift
-            if own < 0 or own in rows.axes or value(operand).shape[own] == 1:
-                continue
-            if lead != 1:
-                raise TokenAxisError("meets a table of tokens whose batch is flattened")
-            node = self._take(node, own, operand, rank)
-        return node
-
-    def _take(self, node: torch.fx.Node, axis: int, like: torch.fx.Node, rank: int) -> torch.fx.Node:
-        """Select tokens along an axis of a value from elsewhere: a table or a mask."""
-        key = (node, axis, rank)
-        if key in self._gathered:
-            return self._gathered[key]
-        shape = [int(size) for size in value(node).shape]
-        index = self.selection.index
-        batch = int(value(index).shape[0])
-        if shape[axis] != self.selection.tokens:
-            raise TokenAxisError(f"meets {like.name}, which has {shape[axis]} along the axis of the tokens")
-        if batch == 1:
-            flat = self._flat_index(like)
-            taken = self._call(aten.index_select.default, (node, axis, flat), like)
-        else:
-            if len(shape) < rank:
-                node = self._call(aten.reshape.default, (node, [1] * (rank - len(shape)) + shape), like)
-                axis, shape = axis + rank - len(shape), [1] * (rank - len(shape)) + shape
-            if shape[0] == 1:
-                node = self._call(aten.expand.default, (node, [batch, *shape[1:]]), like)
-            elif shape[0] != batch:
-                raise TokenAxisError(f"meets {like.name}, whose first axis is not the batch")
-            front = node if axis == 1 else self._call(aten.transpose.int, (node, 1, axis), like)
-            front = self._call(GATHER, (front, index), like)
-            taken = front if axis == 1 else self._call(aten.transpose.int, (front, 1, axis), like)
-        self._gathered[key] = taken
-        return taken
-
-    def _flat_index(self, like: torch.fx.Node) -> torch.fx.Node:
-        if "flat" not in self._gathered:
-            self._gathered["flat"] = self._call(aten.reshape.default, (self.selection.index, [-1]), like)
-        return self._gathered["flat"]
+        rank = value(node).dim() - shift
+        offset = rank - value(operand).dim()
+        missing = [axis for axis in sorted(axes) if axis >= offset and axis - offset not in rows.axes]
+        missing = [axis for axis in missing if value(operand).shape[axis - offset] != 1]
+        if any(axes[axis] != 1 for axis in missing):
+            raise TokenAxisError("meets a table of tokens whose batch is flattened")
+        if not missing:
+            return rows.node
+        if operand in self._known:
+            raise TokenAxisError(f"meets {operand.name}, which has selected tokens along another axis")
+        return self._tables.take(operand, tuple(missing), rank, self._batch[node])
 
     def _product(self, node: torch.fx.Node) -> Rows:
         """Repeat a matrix product; the tokens may be summed over, by attention's second product."""
@@ -353,93 +333,33 @@ class TokenRegion:
             return self._again(node, axes)
         if along != value(node).dim() - 1 or value(node).dim() - 2 not in axes:
             raise TokenAxisError("normalises over tokens that are not the keys of an attention")
-        hidden = self._call(aten.logical_not.default, (self._visible_keys(node),), node)
-        lowest = torch.finfo(value(rows.node).dtype).min
-        masked = self._call(aten.masked_fill.Scalar, (rows.node, hidden, lowest), node)
+        visible = self._tables.visible_keys(node, self._batch[node])
+        masked = self._tables.masked(rows.node, visible, node)
         return Rows(self._call(node.target, (masked, *node.args[1:]), node, node.kwargs), axes)
 
-    def _visible_keys(self, like: torch.fx.Node) -> torch.fx.Node:
-        """Return ``[B, 1, K, K]``: the taken slots; each slot sees itself, so that no row of a softmax is empty."""
-        if "visible" not in self._gathered:
-            slots = self.selection.slots
-            batch = int(value(self.selection.index).shape[0])
-            own = self._constant("route_own_slot", torch.eye(slots, dtype=torch.bool))
-            taken = self._call(aten.reshape.default, (self.selection.taken, [batch, 1, 1, slots]), like)
-            self._gathered["visible"] = self._call(aten.logical_or.default, (taken, own), like)
-        return self._gathered["visible"]
-
-    def _constant(self, stem: str, tensor: torch.Tensor) -> torch.fx.Node:
-        key = ("constant", stem)
-        if key not in self._gathered:
-            self._gathered[key] = self.edit.add_constant(self.edit.free_constant_name(stem), tensor)
-        return self._gathered[key]
-
     def _triangle(self, operand: torch.fx.Node) -> torch.fx.Node | None:
-        """Return the K x K corner of a constant causal mask, which is the mask of the slots; else ``None``."""
-        known = self._constants.get(operand.name) if operand not in self._known else None
-        if known is None or not is_causal(known, self.selection.tokens):
-            return None
-        slots = self.selection.slots
-        return self._constant(f"route_{operand.name}", known[..., :slots, :slots].contiguous())
+        return None if operand in self._known else self._tables.triangle(operand)
 
     def _attention(self, node: torch.fx.Node) -> Rows:
         query, key, values = node.args[:3]
         rank = value(node).dim()
         routed = [self._known.get(operand, Rows(operand, {})) for operand in (query, key, values)]  # type: ignore[arg-type]
         wanted = [{rank - 2: 1}] + [{} if self.selection.all_keys else {rank - 2: 1}] * 2
-        if rank != 4 or [rows.axes for rows in routed] != wanted:
+        if rank != 4 or [rows.axes for rows in routed] != wanted or self._batch[node] != FRONT:
             raise TokenAxisError("is attention whose operands are not [batch, heads, tokens, width]")
         mask = argument(node, 3, "attn_mask")
         causal = bool(argument(node, 5, "is_causal", default=False))
-        known = None if mask is None else self._constants.get(mask.name)
-        causal = causal or (known is not None and is_causal(known, self.selection.tokens))
+        causal = causal or (mask is not None and self._tables.is_causal(mask))
         if mask is not None and mask in self._known:
             raise TokenAxisError("is attention whose mask depends on the tokens")
         kwargs = {name: value for name, value in node.kwargs.items() if name not in ("attn_mask", "is_causal")}
         for position, name in ((6, "scale"), (7, "enable_gqa")):
             if len(node.args) > position:
                 kwargs[name] = node.args[position]
-        mask, causal = self._mask(mask, node, causal=causal)
+        mask, causal = self._tables.mask_of(mask, node, causal=causal)
         operands = [rows.node for rows in routed]
         dropout = argument(node, 4, "dropout_p", 0.0)
         return Rows(self._call(_SDPA, (*operands, mask, dropout, causal), node, kwargs), {rank - 2: 1})
-
-    def _mask(
-        self, mask: torch.fx.Node | None, node: torch.fx.Node, *, causal: bool
-    ) -> tuple[torch.fx.Node | None, bool]:
-        """Return the mask of the routed attention, and whether it is the causal one."""
-        rank = value(node).dim()
-        if self.selection.all_keys:
-            if causal:
-                return self._past(node), False
-            return (None if mask is None else self._aligned(mask, {rank - 2: 1}, rank)), False
-        if causal:
-            return None, True  # slots are in the order of the tokens, and what no token has taken comes last
-        both = {rank - 2: 1, rank - 1: 1}
-        rows = None if mask is None else self._aligned(mask, both, rank)
-        if self.selection.taken is None:
-            return rows, False
-        key = ("mask", mask)
-        if key not in self._gathered:
-            visible = self._visible_keys(node)
-            if rows is None:
-                self._gathered[key] = visible
-            elif value(rows).dtype == torch.bool:
-                self._gathered[key] = self._call(aten.logical_and.default, (rows, visible), node)
-            else:
-                hidden = self._call(aten.logical_not.default, (visible,), node)
-                lowest = torch.finfo(value(rows).dtype).min
-                self._gathered[key] = self._call(aten.masked_fill.Scalar, (rows, hidden, lowest), node)
-        return self._gathered[key], False
-
-    def _past(self, node: torch.fx.Node) -> torch.fx.Node:
-        """Return ``[B, 1, K, T]``: for every selected query, the tokens up to its own position."""
-        if "past" not in self._gathered:
-            batch = int(value(self.selection.index).shape[0])
-            positions = self._constant("route_positions", torch.arange(self.selection.tokens))
-            own = self._call(aten.reshape.default, (self.selection.index, [batch, 1, -1, 1]), node)
-            self._gathered["past"] = self._call(aten.ge.Tensor, (own, positions), node)
-        return self._gathered["past"]
 
 
 def descendants(nodes: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
@@ -452,19 +372,6 @@ def descendants(nodes: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
             found.add(node)
             stack.extend(node.users)
     return found
-
-
-def is_causal(mask: torch.Tensor, tokens: int) -> bool:
-    """Tell whether a constant is the causal mask of so many tokens: boolean, or zero and very negative."""
-    if mask.dim() < 2 or tuple(mask.shape[-2:]) != (tokens, tokens) or mask.numel() != tokens**2:
-        return False
-    square = mask.reshape(tokens, tokens)
-    past = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-    if mask.dtype == torch.bool:
-        return torch.equal(square, past)
-    if not mask.dtype.is_floating_point:
-        return False
-    return bool((square[past] == 0).all()) and bool((square[~past] <= torch.finfo(mask.dtype).min).all())
 
 
 def _is_pointwise(node: torch.fx.Node) -> bool:

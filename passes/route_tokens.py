@@ -35,7 +35,8 @@ from depthwire.passes._base import Pass, PassResult, where
 from depthwire.passes._edit import GraphEditor
 from depthwire.passes._match import aten, is_call, value
 from depthwire.passes._route_score import RouteScore
-from depthwire.passes._token_region import GATHER, Selection, TokenRegion
+from depthwire.passes._token_region import TokenRegion
+from depthwire.passes._token_tables import GATHER, Selection
 from depthwire.passes.analysis.routed_units import Unit, find_units
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class _Routing:
     def __init__(self, parts: RouteParts, program: Program, edit: GraphEditor, first: Unit) -> None:
         self._parts, self._program, self._edit = parts, program, edit
         self._batch, self._tokens = (int(size) for size in value(first.state).shape[:2])
+        self._score = torch.promote_types(value(first.state).dtype, torch.float32)
         _refuse_tokens(parts.spec, self._tokens, first)
         self._slots: dict[int, torch.fx.Node] = {}
         self._mask = next((node for node in edit.graph.nodes if node.op == "placeholder" and self._is_mask(node)), None)
@@ -144,7 +146,7 @@ class _Routing:
         """One table each for all units, so that they can become inputs of the graph."""
         spec = self._parts.spec
         capacities = [spec.capacity_of(layer) for layer in spec.layers]
-        thresholds = torch.stack([self._parts.of(layer, "threshold").float() for layer in spec.layers])
+        thresholds = torch.stack([self._parts.of(layer, "threshold").to(self._score) for layer in spec.layers])
         budgets = torch.tensor([[share.numerator, share.denominator, spec.margin] for share in capacities])
         states = torch.zeros(len(capacities), self._batch, 2, dtype=torch.int64)
         tables = {THRESHOLDS: thresholds, BUDGETS: budgets, STATES: states}
@@ -175,7 +177,8 @@ class _Routing:
         prior = scoring.fallback()
         state = edit.copy_of(unit.state)
         for original in unit.results:
-            result = region.place = edit.copy_of(original)
+            result = edit.copy_of(original)
+            region.move_to(result)
             rows = region.rows(result).node
             base = self._base(unit, state, prior, result)
             if gate is not None:

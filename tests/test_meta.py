@@ -25,6 +25,7 @@ SHARED = (
     "depthwire.program",
     "depthwire.ir_text",
     "depthwire.ops",
+    "depthwire.route",
     "depthwire._mapped",
     "depthwire._logs",
 )

@@ -20,6 +20,7 @@ STAGES = {
     "internal",
     "queries",
     "recipe",
+    "route",
     "routed-model",
     "runtime",
     "structure",

@@ -45,7 +45,7 @@ class Unit:
         heads: Nothing between these and the results may be read from outside.
         results: What is scattered, in graph order.
         residual: Whether the result contains the state (then it is the base that rows are scattered into).
-        previous: The stream before the layer before, for the surprise of that layer.
+        updated: The stream before and behind the layer before, for the surprise of that layer; ``None`` for the first.
     """
 
     layer: int
@@ -56,7 +56,7 @@ class Unit:
     heads: tuple[torch.fx.Node, ...]
     results: tuple[torch.fx.Node, ...]
     residual: bool
-    previous: torch.fx.Node | None
+    updated: tuple[torch.fx.Node, torch.fx.Node] | None
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def find_units(program: Program, spec: RouteSpec) -> list[Unit]:
         if not members:
             kinds = ", ".join(step.kind for step in layers[layer])
             raise _structure(layers[layer][0].result, f"layer {layer} with a sublayer of kind {spec.unit}", kinds)
-        previous = layers[layer - 1][0].state if layer else None
-        units.append(_unit(layer, members, previous, residual=not reads))
+        updated = (layers[layer - 1][0].state, layers[layer][0].state) if layer else None
+        units.append(_unit(layer, members, updated, residual=not reads))
         _check_interior(units[-1])
     return units
 
@@ -124,7 +124,9 @@ def _layers(steps: Sequence[_Step]) -> list[list[_Step]]:
     return layers
 
 
-def _unit(layer: int, steps: Sequence[_Step], previous: torch.fx.Node | None, *, residual: bool) -> Unit:
+def _unit(
+    layer: int, steps: Sequence[_Step], updated: tuple[torch.fx.Node, torch.fx.Node] | None, *, residual: bool
+) -> Unit:
     first = steps[0]
     boundary: tuple[torch.fx.Node, ...] = (first.state,)
     heads, results = boundary, tuple(step.result for step in steps[-1:])
@@ -132,11 +134,13 @@ def _unit(layer: int, steps: Sequence[_Step], previous: torch.fx.Node | None, *,
         own = {step.result for step in steps}
         boundary = tuple(dict.fromkeys(source for source in first.sources if source not in own))
         heads, results = tuple(step.head for step in steps), tuple(step.result for step in steps)
+    if value(first.state).dim() != 3:
+        raise _structure(first.state, "a state [batch, tokens, width]", str(list(value(first.state).shape)))
     for result in results:
         if value(result).shape != value(first.state).shape or value(result).dtype != value(first.state).dtype:
             wanted = f"a result like the state {first.state.name}: {value(first.state).dtype}"
             raise _structure(result, f"{wanted}{list(value(first.state).shape)}", str(list(value(result).shape)))
-    return Unit(layer, first.module, first.state, first.normed, boundary, heads, results, residual, previous)
+    return Unit(layer, first.module, first.state, first.normed, boundary, heads, results, residual, updated)
 
 
 def _stream_steps(program: Program) -> list[_Step]:

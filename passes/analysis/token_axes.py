@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Axes = dict[int, int]
+Place = tuple[int, int]
+"""An axis that runs over the batch, and how many other things it runs over within one batch element."""
 
 RESHAPES = (
     aten.view.default,
@@ -69,6 +71,23 @@ def reshaped(before: Sequence[int], after: Sequence[int], axes: Mapping[int, int
     return found
 
 
+def batch_place(before: Sequence[int], after: Sequence[int], place: Place, batch: int) -> Place | None:
+    """Return where the batch is behind a reshape, ``None`` if it has been cut up.
+
+    Args:
+        before: Shape of the input.
+        after: Shape of the result.
+        place: Where the batch was.
+        batch: B.
+    """
+    stride = math.prod(before[place[0] + 1 :]) * place[1]
+    for axis, size in enumerate(after):
+        behind = math.prod(after[axis + 1 :])
+        if stride % behind == 0 and (size * behind) % (stride * batch) == 0:
+            return axis, stride // behind
+    return None
+
+
 def routed_shape(shape: Sequence[int], axes: Mapping[int, int], slots: int, *, flexible: bool) -> list[int]:
     """Return a shape with K in place of T; a single plain token axis is left open (-1) if ``flexible``."""
     sizes = [axes[axis] * slots if axis in axes else int(size) for axis, size in enumerate(shape)]
@@ -98,10 +117,10 @@ def moved(node: torch.fx.Node, axes: Axes) -> Axes | None:
     if node.target is aten.unsqueeze.default:
         at = int(node.args[1]) % (rank + 1)  # type: ignore[arg-type]
         return {axis + (axis >= at): lead for axis, lead in axes.items()}
-    if node.target in (aten.squeeze.dim, aten.squeeze.dims, aten.select.int):
-        given: Any = argument(node, 1, "dim")
+    if node.target in (aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.unbind.int):
+        given: Any = argument(node, 1, "dim", 0)
         gone = sorted({int(dim) % rank for dim in (given if isinstance(given, (list, tuple)) else [given])})
-        if node.target is not aten.select.int:
+        if node.target not in (aten.select.int, aten.unbind.int):
             gone = [dim for dim in gone if value(source).shape[dim] == 1]
         return _dropped(axes, gone)
     return None

@@ -99,6 +99,11 @@ def named(edit: GraphEditor, *targets: object) -> list[torch.fx.Node]:
     return [node for node in edit.graph.nodes if node.op == "call_function" and node.target in targets]
 
 
+def named_nodes(program: Program, *targets: object) -> list[torch.fx.Node]:
+    """Return the calls of some operators in a program, in graph order."""
+    return [node for node in program.exported.graph.nodes if node.op == "call_function" and node.target in targets]
+
+
 def sources_of(read: torch.fx.Node) -> list[torch.fx.Node]:
     """Return the sources of an AttnRes read."""
     sources: Any = read.args[1]

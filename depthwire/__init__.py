@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from depthwire.errors import DepthwireError
     from depthwire.program import Program
     from depthwire.recipe import Recipe
+    from depthwire.route import RouteSpec
+    from depthwire.route_parts import RouteParts, draw_parts
     from depthwire.runtime.native import custom_ops_library
     from depthwire.stages import Stages
 
@@ -48,6 +50,8 @@ __all__ = [
     "Program",
     "Recipe",
     "Result",
+    "RouteParts",
+    "RouteSpec",
     "Stages",
     "VerificationError",
     "__version__",
@@ -56,6 +60,7 @@ __all__ = [
     "convert",
     "custom_ops_library",
     "doctor",
+    "draw_parts",
     "explain",
     "export",
     "inspect",
@@ -71,7 +76,10 @@ _HOMES = {
     "DepthwireError": "depthwire.errors",
     "Program": "depthwire.program",
     "Recipe": "depthwire.recipe",
+    "RouteParts": "depthwire.route_parts",
+    "RouteSpec": "depthwire.route",
     "Stages": "depthwire.stages",
+    "draw_parts": "depthwire.route_parts",
     "custom_ops_library": "depthwire.runtime.native",
 }
 

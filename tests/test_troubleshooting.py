@@ -46,7 +46,8 @@ def _codes() -> set[str]:
     """Collect every string that reads like a code of one of our stages, or of a pass."""
     stages = STAGES | {path.stem.replace("_", "-") for path in (ROOT / "passes").glob("[a-z]*_*.py")}
     found = {text for text in _strings() if CODE.fullmatch(text) and text.split(".")[0] in stages}
-    return found - {"build.log"}  # a file
+    tensors = {"route.budgets", "route.states", "route.thresholds", "route.valid"}
+    return found - {"build.log"} - tensors  # a file, and constants of a routed program
 
 
 def _headings() -> list[str]:

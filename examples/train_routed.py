@@ -22,12 +22,14 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import click
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from depthwire.models._stream import Stream
 from depthwire.models.attn_res import AttnResConfig, AttnResDecoder
 from depthwire.models.byte_tokenizer import VOCAB_SIZE, save_byte_tokenizer
 from depthwire.models.routed_checkpoints import build
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from depthwire.models._stream import LayerRecord
+    from depthwire.models._token_movement import Selection
     from depthwire.models.routing_config import Kind
 
 KINDS: tuple[Kind, ...] = ("mixture_of_depths", "subjective_depth", "subjective_timescale")
@@ -188,7 +191,7 @@ def _rate(done: float) -> float:
 
 
 def judge(model: nn.Module, ids: Tensor, rest: Tensor, length: int) -> dict[str, Any]:
-    """Return the held-out loss of every selection rule, in nats per byte, and what the rules compute.
+    """Return the held-out loss of every selection rule, in nats per byte, and what the budget computes.
 
     Args:
         model: In eval mode.
@@ -200,6 +203,7 @@ def judge(model: nn.Module, ids: Tensor, rest: Tensor, length: int) -> dict[str,
         return {"held_out": round(held_out_loss(model, rest, length), 4)}
     model.rule = "top-k"
     figures: dict[str, Any] = {"held_out": round(held_out_loss(model, rest, length), 4)}
+    figures["held_out_random"] = round(loss_at_random(model, rest, length), 4)
     model.rule = "budget"
     with torch.inference_mode(mode=False):
         model.trace(ids[: 16 * length].reshape(16, length), calibrate=True)
@@ -210,6 +214,23 @@ def judge(model: nn.Module, ids: Tensor, rest: Tensor, length: int) -> dict[str,
     figures["computed_budget"] = round(math.fsum(shares) / len(shares), 4)
     model.rule = model.config.routing.rule
     return figures
+
+
+def loss_at_random(model: RoutedDecoder, rest: Tensor, length: int) -> float:
+    """Return the held-out loss when each routed layer computes K tokens drawn at random: what its scores are worth.
+
+    Args:
+        model: In eval mode, selecting by top-k.
+        rest: As for ``judge``.
+        length: Tokens per window.
+    """
+    generator, select = torch.Generator().manual_seed(0), Stream.select
+
+    def drawn(stream: Stream, score: Tensor, threshold: Tensor, taken: Tensor | None = None) -> Selection:
+        return select(stream, torch.rand(score.shape, generator=generator), threshold, taken)
+
+    with mock.patch.object(Stream, "select", drawn):
+        return held_out_loss(model, rest, length)
 
 
 def draw(curves: dict[str, list[dict[str, float]]], file: Path) -> None:

@@ -1,1 +1,1 @@
-"""Reference models: an AttnRes decoder, and the maps that load checkpoints of other code bases into it."""
+"""Reference models: an AttnRes decoder, decoders that route their tokens, and what loads checkpoints into them."""

@@ -130,7 +130,7 @@ class Stream:
         if self.state is not None:  # a chunk may take up what earlier chunks left of the budget
             return self.tokens
         share = self.tokens * self.capacity.numerator // self.capacity.denominator
-        return max(1, share) if self.rule == "top-k" else min(self.tokens, share + self.routing.margin)
+        return max(1, share if self.rule == "top-k" else min(self.tokens, share + self.routing.margin))
 
     def dense_keys(self, layer: int) -> Keys | None:
         """Return what a layer's queries see when every token is one."""

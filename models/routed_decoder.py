@@ -273,7 +273,7 @@ class RoutedDecoder(nn.Module):
         } | {name for name in self.state_dict() if name.endswith(".threshold")}
 
     def set_step(self, step: int, steps: int) -> None:
-        """Move the scheduled steepness of the gates, if it is scheduled, to a training step."""
+        """Prepare the gates for a training step (``SurpriseGate.set_step``); call it before every one."""
         for module in self.modules():
             if isinstance(module, SurpriseGate):
                 module.set_step(step, steps)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BETA_START, BETA_END, BETA_WARMUP = 0.1, 100.0, 100
 """The schedule of the steepness: constant for the warm-up, then a straight line."""
+SMALLEST = 1e-4
+"""Least value of o_ce and m_cu."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,14 @@ class SurpriseGate(nn.Module):
             self.set_step(0, BETA_WARMUP + 1)
 
     def set_step(self, step: int, steps: int) -> None:
-        """Move a scheduled steepness; the buffers are saved, so that inference has the value training ended with."""
+        """Prepare a training step: move a scheduled steepness, and keep o_ce and m_cu from falling to zero or below.
+
+        o_ce stands under a logarithm, and training pulls it down. The schedule's buffers are saved, so that inference
+        has the value that training ended with.
+        """
+        with torch.no_grad():
+            self.o_ce.clamp_(min=SMALLEST)
+            self.m_cu.clamp_(min=SMALLEST)
         if self.beta == "schedule":
             done = min(1.0, max(0, step - BETA_WARMUP) / max(1, steps - BETA_WARMUP))
             for beta in (self.beta_ce, self.beta_cu):

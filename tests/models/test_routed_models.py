@@ -60,7 +60,7 @@ def open_thresholds(model: RoutedDecoder) -> None:
 )
 @torch.no_grad()
 def test_every_kind_computes_its_equations(kind: Kind, routing: dict[str, Any]) -> None:
-    model, tokens = make(kind, **routing), ids(tokens=11)
+    model, tokens = make(kind, **routing), ids(tokens=8)
     close(model(tokens), torch.stack([plainly(model, row) for row in tokens]))
 
 
@@ -76,7 +76,7 @@ def test_every_kind_computes_its_equations(kind: Kind, routing: dict[str, Any]) 
 )
 @torch.no_grad()
 def test_a_source_left_out_is_zero_or_its_prior_for_every_later_read(routing: dict[str, Any]) -> None:
-    model, tokens = make("attn_res", **routing), ids(tokens=10)
+    model, tokens = make("attn_res", **routing), ids(tokens=8)
     close(model(tokens), torch.stack([plainly_attn_res(model, row) for row in tokens]))
 
 

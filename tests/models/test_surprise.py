@@ -76,6 +76,16 @@ def test_the_schedule_waits_and_rises() -> None:
     assert [round(beta.item(), 3) for beta in learned.steepness()] == [0.554, 0.437]
 
 
+def test_what_stands_under_the_logarithm_stays_positive() -> None:
+    module, (update, predicted) = gate(), updates()
+    with torch.no_grad():
+        module.o_ce.fill_(-0.1)
+        assert bool(module(update, predicted).rank.isnan().all())
+        module.set_step(1, 10)
+        assert bool(module(update, predicted).rank.isfinite().all())
+        assert module.o_ce.item() > 0
+
+
 def test_no_gradient_flows_through_the_average() -> None:
     update, predicted = updates()
     update.requires_grad_()

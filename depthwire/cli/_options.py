@@ -130,14 +130,18 @@ def window_options(function: F) -> F:
         [
             click.option("--text", type=FILE, help="Text to compare on; random inputs when absent."),
             click.option("--inputs", type=FILE, help="Inputs to compare on (.safetensors or .npz)."),
-            click.option(
-                "--max-perplexity-increase",
-                type=float,
-                metavar="SHARE",
-                help="Fail if routing raises the windows' perplexity by more (0.05: 5 %).",
-            ),
             click.option("--windows", type=int, help="Windows to compare on (default 4)."),
         ]
+    )(function)
+
+
+def quality_options(function: F) -> F:
+    """Add what a routed model may lose."""
+    return click.option(
+        "--max-perplexity-increase",
+        type=float,
+        metavar="SHARE",
+        help="Fail if routing raises the windows' perplexity by more (0.05: 5 %).",
     )(function)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @_options.target_options
 @_options.source_options
 @_options.window_options
+@_options.quality_options
 @_options.engine_options
 @click.option("--no-verify", "verify", flag_value=False, default=None, help="Do not compare.")
 @click.option("--no-build", "build", flag_value=False, default=None, help="Do not build an engine.")

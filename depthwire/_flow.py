@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from depthwire._outdir import check_file, disk_full_as_error, require_space
 from depthwire._results import Explanation, Inspection
-from depthwire._route import route_of
+from depthwire._route import route_of, variants_of
 from depthwire.artifact import MANIFEST, Artifact, Checkpoint
 from depthwire.errors import ExportError, InternalError, PassError, UsageError
 from depthwire.recipe import Recipe
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from depthwire.passes._base import Pass
     from depthwire.passes.analysis.residual_stream import ResidualStream
     from depthwire.program import Program
     from depthwire.route_parts import RouteParts
@@ -67,6 +68,15 @@ def _refuse_source_options(recipe: Recipe) -> None:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A routed model at a further capacity: its routing, the program to export, and what that must compute."""
+
+    route: RouteParts
+    program: Program
+    reference: Program
+
+
+@dataclass(frozen=True)
 class Rewritten:
     """What the rewrite stage hands on.
 
@@ -77,6 +87,7 @@ class Rewritten:
         reference: What the compiled model must compute: the original, or, where layers are routed, the program with
             the routing alone.
         route: What is routed; ``None`` if nothing is.
+        variants: The same at further capacities.
     """
 
     program: Program
@@ -84,6 +95,7 @@ class Rewritten:
     checkpoints: list[Checkpoint]
     reference: Program
     route: RouteParts | None = None
+    variants: tuple[Variant, ...] = ()
 
 
 def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stages: Stages) -> Rewritten:
@@ -108,15 +120,19 @@ def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stage
         front = canonical_pipeline()
         canonical = front.run(program, progress=stage.update)
         route = route_of(recipe.route, program, canonical)
-        passes = standard_pipeline(
-            attn_res=recipe.attn_res,
-            correction=recipe.correction,
-            queries=recipe.queries,
-            attention="op" if target is None else target.attention,
-            collapse=recipe.collapse_zero_queries,
-            route=route,
-            schedule=None if target is None else recipe.schedule,
-        ).passes
+
+        def passes_with(parts: RouteParts | None) -> tuple[Pass, ...]:
+            return standard_pipeline(
+                attn_res=recipe.attn_res,
+                correction=recipe.correction,
+                queries=recipe.queries,
+                attention="op" if target is None else target.attention,
+                collapse=recipe.collapse_zero_queries,
+                route=parts,
+                schedule=None if target is None else recipe.schedule,
+            ).passes
+
+        passes = passes_with(route)
         # The structure shows in the canonical program alone: stop there on the way, instead of going there twice.
         count = len(front.passes)
         if passes[:count] != front.passes:
@@ -136,7 +152,12 @@ def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stage
         stage.detail = ": ".join(part for part in (stage.detail, ", ".join(done)) if part)
         structure = None if stream is None else stream.as_dict()
         kept = program if route is None else reference
-        return Rewritten(rewritten, structure, checkpoints(canonical, stream), kept, route)
+        variants = []
+        for parts in () if target is None else variants_of(recipe.route, route):
+            steps = passes_with(parts)
+            other = Pipeline(steps[count : routed + 1]).run(canonical, progress=stage.update)
+            variants.append(Variant(parts, Pipeline(steps[routed + 1 :]).run(other, progress=stage.update), other))
+        return Rewritten(rewritten, structure, checkpoints(canonical, stream), kept, route, tuple(variants))
 
 
 def _stream(canonical: Program) -> ResidualStream | None:
@@ -212,7 +233,10 @@ def inspect(source: Model, recipe: Recipe, stages: Stages, examples: Examples) -
         with stages.stage("load", str(source)) as stage:
             artifact = Artifact.load(source)
             stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
-        return Inspection(artifact.manifest.source.model_dump(mode="json"), artifact=artifact)
+            from depthwire.runtime.accounting import account_graphs
+
+            compute = account_graphs(artifact) or None
+        return Inspection(artifact.manifest.source.model_dump(mode="json"), artifact=artifact, compute=compute)
     program = capture_stage(source, recipe, stages, examples)
     with stages.stage("analyze") as stage:
         from depthwire.passes.analysis.reads import describe_reads

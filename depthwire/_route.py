@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from depthwire.program import Program
     from depthwire.route_parts import RouteParts
 
-_WITH_PARTS = ("parts", "capacity")
+_WITH_PARTS = ("parts", "capacity", "capacities", "carry")
+_NOT_SPECIFIED = {"parts", "seed", "layers", "capacity", "capacities", "carry"}
 
 
 def route_of(options: RouteOptions, original: Program, canonical: Program) -> RouteParts | None:
@@ -51,6 +52,16 @@ def route_of(options: RouteOptions, original: Program, canonical: Program) -> Ro
     return _drawn(options, original, layers, width)
 
 
+def variants_of(options: RouteOptions, route: RouteParts | None) -> tuple[RouteParts, ...]:
+    """Return the same routing at every further capacity that the recipe lists, in the order of the list."""
+    if route is None or options.capacities is None:
+        return ()
+    own = set(route.spec.capacity)
+    listed = dict.fromkeys(_capacities(options.capacities))
+    further = [capacity for capacity in listed if own != {capacity}]
+    return tuple(dataclasses.replace(route, spec=route.spec.with_capacity(capacity)) for capacity in further)
+
+
 def _fitted(options: RouteOptions, original: Program, layers: int, width: int) -> RouteParts:
     from depthwire.route_parts import RouteParts
 
@@ -78,8 +89,11 @@ def _fitted(options: RouteOptions, original: Program, layers: int, width: int) -
 def _drawn(options: RouteOptions, original: Program, layers: int, width: int) -> RouteParts:
     from depthwire.route_parts import draw_parts
 
-    missing = [name for name in ("layers", "capacity") if getattr(options, name) is None]
-    if options.layers is None or options.capacity is None or options.seed is None:
+    capacity = options.capacity
+    if capacity is None and options.capacities is not None:
+        capacity = options.capacities.split(",", maxsplit=1)[0]
+    missing = [name for name, value in (("layers", options.layers), ("capacity", capacity)) if value is None]
+    if options.layers is None or capacity is None or options.seed is None:
         raise UsageError(
             "route.options",
             "It is not said what to route",
@@ -88,9 +102,9 @@ def _drawn(options: RouteOptions, original: Program, layers: int, width: int) ->
             got="no " + " and no ".join(missing),
             todo="For example: --route-layers every:2 --capacity 0.5",
         )
-    rest: dict[str, Any] = options.model_dump(exclude_none=True, exclude={"parts", "seed", "layers", "capacity"})
+    rest: dict[str, Any] = options.model_dump(exclude_none=True, exclude=_NOT_SPECIFIED)
     rest.setdefault("rule", "budget" if original.source.task == "causal-lm" else "top-k")
-    spec = RouteSpec(parse_layers(options.layers, layers), _capacities(options.capacity), **rest)
+    spec = RouteSpec(parse_layers(options.layers, layers), _capacities(capacity), **rest)
     return draw_parts(spec, width, options.seed)
 
 

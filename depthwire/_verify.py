@@ -40,17 +40,16 @@ def verify(
     with stages.stage("load", str(directory)) as stage:
         artifact = Artifact.load(directory)
         stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
-    original = rewritten = None
+    again: _flow.Rewritten | None = None
     windows: Sequence[Window] = []
     if not goldens_only:
         recipe = _recipe(artifact, options)
         original = _capture_again(artifact, source, recipe, stages)
         again = _flow.rewrite_stage(original, recipe, _target(recipe), stages)
         windows = _flow.make_windows(original, recipe, recipe.verify.windows)
-        original, rewritten = again.reference, again.program
     failure: DepthwireError | None = None
     try:
-        report = verify_stage(artifact, original, rewritten, windows, stages)
+        report = verify_stage(artifact, again, windows, stages)
     except VerificationError as error:
         report, failure = error.report, error
     write_report(artifact, make_report(artifact, stages, verify=report.as_dict(), failure=failure))
@@ -61,12 +60,17 @@ def verify(
 
 def verify_stage(
     artifact: Artifact,
-    original: Program | None,
-    rewritten: Program | None,
+    rewritten: _flow.Rewritten | None,
     windows: Sequence[Window],
     stages: Stages,
 ) -> VerifyReport:
-    """Compare.
+    """Compare; graphs of further capacities on the first window, before ``model.onnx`` on all.
+
+    Args:
+        artifact: The artefact.
+        rewritten: The programs; ``None`` to compare with the goldens.
+        windows: Inputs.
+        stages: Where the stage is recorded.
 
     Raises:
         VerificationError: They differ.
@@ -74,11 +78,28 @@ def verify_stage(
     with stages.stage("verify") as stage:
         from depthwire.runtime.verify import verify as compare
 
-        report = compare(artifact, original=original, rewritten=rewritten, windows=windows, progress=stage.update)
+        original, program = (None, None) if rewritten is None else (rewritten.reference, rewritten.program)
+        further = _capacities(artifact, rewritten)
+        for name, variant in further:
+            graph = artifact.with_graph(name)
+            report = compare(graph, original=variant.reference, rewritten=None, windows=windows[:1])
+            if not report.passed:
+                raise _failure(graph, report)
+        report = compare(artifact, original=original, rewritten=program, windows=windows, progress=stage.update)
         stage.detail = f"{report.windows} windows, {len(report.comparisons)} comparisons"
+        if further:
+            stage.detail += f"; 1 window at {len(further)} more capacities"
         if not report.passed:
             raise _failure(artifact, report)
         return report
+
+
+def _capacities(artifact: Artifact, rewritten: _flow.Rewritten | None) -> list[tuple[str, _flow.Variant]]:
+    """Return the further graphs of a routed model with the programs that they were made from."""
+    route = artifact.manifest.route
+    if rewritten is None or route is None:
+        return []
+    return list(zip((graph.file for graph in route.graphs[1:]), rewritten.variants, strict=True))
 
 
 def _recipe(artifact: Artifact, options: Mapping[str, object]) -> Recipe:
@@ -143,7 +164,7 @@ def _failure(artifact: Artifact, report: VerifyReport) -> VerificationError:
     failed = next(pair for pair in report.comparisons if not pair)
     divergence = report.first_divergence
     first = None if divergence is None else divergence.first
-    at = f"outputs, {failed.expected} -> {failed.actual}"
+    at = f"{artifact.model.name}: outputs, {failed.expected} -> {failed.actual}"
     want, got = _numbers(failed)
     if first is not None:
         point = first.checkpoint

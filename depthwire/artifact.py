@@ -4,6 +4,7 @@
 
     out/
       model.onnx  model.onnx.data     the graph and its weights (external data)
+      model.c25.onnx  …               graphs of other capacities over the same weights
       goldens.safetensors             example inputs and the original model's outputs
       manifest.json                   this module's ``Manifest``; names and hashes every other file
       report.json  report.html        stages, parity, engine facts
@@ -138,6 +139,57 @@ class KernelsInfo(_Strict):
     notes: list[str] = Field(default_factory=list)
 
 
+class RouteUnit(_Strict):
+    """One selection of tokens in a graph.
+
+    Attributes:
+        module: Path of the routed module.
+        layer: Number of its layer.
+        tokens: T.
+        slots: K, the most that are computed.
+        taken: Name of the value ``[B, K]`` that says which slots hold a selected token.
+        state: Name of the value ``[B, 2]`` with the counts behind the last token, under a running budget.
+    """
+
+    module: str
+    layer: int | None
+    tokens: int
+    slots: int
+    taken: str
+    state: str | None
+
+
+class RouteGraph(_Strict):
+    """One of the graphs of a routed model.
+
+    Attributes:
+        file: Its name in the artefact.
+        capacity: Share of the tokens that its routed layers compute, as a fraction; ``None`` where layers differ, and
+            where the model's own code decides.
+        units: Its selections, in the order of ``route_thresholds``.
+    """
+
+    file: str
+    capacity: str | None
+    units: list[RouteUnit]
+
+
+class RouteInfo(_Strict):
+    """How layers are routed over tokens.
+
+    Attributes:
+        spec: ``RouteSpec.as_dict()``; ``None`` for a model that came routed.
+        inputs: Inputs of every graph that have defaults: thresholds, budgets and counts.
+        states_out: Name of the output with the counts behind the last token, if the graphs carry them.
+        graphs: ``model.onnx`` first, then those of the other capacities.
+    """
+
+    spec: dict[str, Any] | None
+    inputs: list[TensorInfo] = Field(default_factory=list)
+    states_out: str | None = None
+    graphs: list[RouteGraph]
+
+
 class Manifest(_Strict):
     """Everything a reader needs to trust, rebuild or refuse the artefact."""
 
@@ -159,6 +211,7 @@ class Manifest(_Strict):
     files: dict[str, FileEntry] = Field(default_factory=dict)
     engines: dict[str, EngineInfo] = Field(default_factory=dict)
     kernels: KernelsInfo | None = None
+    route: RouteInfo | None = None
 
 
 def sha256_file(path: Path) -> str:
@@ -173,10 +226,11 @@ def sha256_file(path: Path) -> str:
 class Artifact:
     """An artefact directory on disk with its manifest."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        """Hold a directory and its manifest; ``load`` is the checked way in."""
+    def __init__(self, root: Path, manifest: Manifest, graph: str = MODEL) -> None:
+        """Hold a directory, its manifest and the name of the graph to look at; ``load`` is the checked way in."""
         self.root = root
         self.manifest = manifest
+        self._graph = graph
 
     @classmethod
     def load(cls, root: str | Path, *, check_hashes: bool = True) -> Artifact:
@@ -243,8 +297,12 @@ class Artifact:
 
     @property
     def model(self) -> Path:
-        """Path of ``model.onnx``."""
-        return self.path(MODEL)
+        """Path of ``model.onnx``, or of the graph that ``with_graph`` has chosen."""
+        return self.path(self._graph)
+
+    def with_graph(self, name: str) -> Artifact:
+        """Return the artefact with another of its graphs as its model; manifest and files are the same."""
+        return Artifact(self.root, self.manifest, name)
 
     def _check_files(self, *, check_hashes: bool) -> None:
         for name, entry in self.manifest.files.items():

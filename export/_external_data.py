@@ -16,12 +16,13 @@ import onnx_ir as ir
 from depthwire._mapped import release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 ALIGNMENT = 4096  # a page, so that runtimes can map a tensor as it lies
 INLINE_BYTES = 256  # shapes, axes and scalars stay in the graph, where viewers and parsers expect them
 _CHUNK_ROWS_BYTES = 32 << 20
+_HASHED_BYTES = 8 << 20
 
 
 class _HashingFile:
@@ -44,7 +45,11 @@ class _HashingFile:
 
 
 def write_external_data(
-    model: ir.Model, path: Path, progress: Callable[[int, int], None] | None = None
+    model: ir.Model,
+    path: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    others: Sequence[ir.Model] = (),
 ) -> tuple[str, int]:
     """Write every initializer above ``INLINE_BYTES`` to one file and point the model at it.
 
@@ -52,6 +57,7 @@ def write_external_data(
         model: Changed in place: its initializers become external tensors of ``path.name``.
         path: The weights file; the model must be saved into the same directory.
         progress: Called with (bytes written, bytes in all).
+        others: More graphs over the same weights, changed likewise: what several of them hold is written once.
 
     Returns:
         SHA-256 of the file in hex, and its size in bytes.
@@ -59,32 +65,55 @@ def write_external_data(
     Raises:
         OSError: The disk is full, or the directory cannot be written.
     """
-    values = [
-        value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES
-    ]
-    total = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    values = [value for each in (model, *others) for value in _large(each)]
+    total = sum(tensor.nbytes for value in _large(model) if (tensor := value.const_value) is not None)
+    written: dict[object, tuple[int, int]] = {}
+    held: list[ir.TensorProtocol | None] = []
     with path.open("wb") as raw:
         file = _HashingFile(raw)
         for value in values:
             tensor = value.const_value
             assert tensor is not None  # noqa: S101 - filtered above
-            file.align()
-            offset = file.offset
-            _write_tensor(tensor, file)
+            key = _identity(tensor) if others else value
+            held.append(tensor if others else None)  # an address means something only as long as its tensor lives
+            if key not in written:
+                file.align()
+                offset = file.offset
+                _write_tensor(tensor, file)
+                written[key] = (offset, file.offset - offset)
+                if progress is not None:
+                    progress(min(file.offset, total), total)
             value.const_value = ir.ExternalTensor(
                 path.name,
-                offset,
-                file.offset - offset,
+                *written[key],
                 tensor.dtype,
                 shape=tensor.shape,  # type: ignore[arg-type]
                 name=str(value.name),
                 base_dir=path.parent,
             )
-            if progress is not None:
-                progress(file.offset, total)
         return file.sha256, file.offset
+
+
+def _large(model: ir.Model) -> list[ir.Value]:
+    return [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES
+    ]
+
+
+def _identity(tensor: ir.TensorProtocol) -> object:
+    """Return what two tensors of several graphs share if their bytes are the same.
+
+    Large weights share their memory, and are not read for this. What was made anew for every graph (masks, tables,
+    routers) shares its content.
+    """
+    array = _storage_view(tensor)
+    raw = getattr(tensor, "raw", None)
+    if raw is not None and hasattr(raw, "untyped_storage") and array.nbytes > _HASHED_BYTES:
+        return array.__array_interface__["data"][0], array.shape, array.strides, tensor.dtype
+    plain = np.ascontiguousarray(array)
+    return hashlib.sha256(plain.reshape(-1).view(np.uint8).data).digest(), array.shape, tensor.dtype
 
 
 def inline_small(model: ir.Model) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from depthwire._logs import logs_disabled
 from depthwire.errors import ExportError
+from depthwire.export._route_inputs import add_route_inputs, add_states_out
 from depthwire.export._torch_onnx import Translator
 from depthwire.export.ops import DOMAIN, OPERATORS
 from depthwire.export.ops._base import VERSION
@@ -29,18 +30,20 @@ if TYPE_CHECKING:
 MINIMUM_OPSET = 23  # RMSNormalization as one operator
 
 
-def to_onnx(program: Program, *, opset: int = MINIMUM_OPSET) -> ir.Model:
+def to_onnx(program: Program, *, opset: int = MINIMUM_OPSET, carry: bool = False) -> ir.Model:
     """Translate a program to an ONNX model with custom ops and their function bodies.
 
     Args:
         program: A program that has been through the standard passes.
         opset: ONNX opset, 23 or newer.
+        carry: Return the counts of running budgets as one more output (``export/_route_inputs.py``).
 
     Returns:
         The model; its weights still point at the program's tensors.
 
     Raises:
         ExportError: The opset is too old, or an operator has no translation.
+        UsageError: There are no counts to return.
     """
     import depthwire.ops  # noqa: F401 - registers the operators
 
@@ -62,6 +65,9 @@ def to_onnx(program: Program, *, opset: int = MINIMUM_OPSET) -> ir.Model:
     _name_results(model, exported)
     _set_opset(model, opset)
     _name_interface(model, program)
+    add_route_inputs(model)
+    if carry:
+        add_states_out(model)
     _clean(model)
     _attach_bodies(model, opset)
     _label(model)
@@ -137,7 +143,7 @@ def _merge_folded(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         # The exporter's tensor for a weight is a subclass.
-        if type(tensor) is not ir.Tensor or value.is_graph_output():
+        if type(tensor) is not ir.Tensor or value.is_graph_output() or value.is_graph_input():
             continue
         first = known.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
         if first is not value:

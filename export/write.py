@@ -22,10 +22,11 @@ from depthwire.artifact import (
     Manifest,
     PassInfo,
     SourceInfo,
-    TensorInfo,
 )
 from depthwire.errors import ExportError
 from depthwire.export._external_data import inline_small, write_external_data
+from depthwire.export._route_inputs import STATES_OUT
+from depthwire.export._route_manifest import RoutedGraphs, route_info, tensor_info
 from depthwire.export.ops import DOMAIN
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def write_artifact(
     recipe: dict[str, Any],
     checkpoints: list[Checkpoint],
     progress: Callable[[int, int], None] | None = None,
+    routed: RoutedGraphs | None = None,
 ) -> Artifact:
     """Write ``model.onnx``, its weights, the goldens and the manifest.
 
@@ -62,23 +64,28 @@ def write_artifact(
         recipe: The resolved recipe.
         checkpoints: The values at which layers are compared.
         progress: Called with (bytes written, bytes in all) while the weights are written.
+        routed: What a routed model adds: its specification, and graphs of other capacities over the same weights.
 
     Raises:
         ExportError: ``onnx.checker`` refuses the file.
         OSError: The disk is full or the place cannot be written; nothing is left behind.
     """
     with _temporary_sibling(out) as root:
-        sha256, size = write_external_data(model, root / WEIGHTS, progress)
-        inline_small(model)
-        _save_graph(model, root / MODEL)
-        _check(root / MODEL)
+        graphs = {MODEL: model, **({} if routed is None else routed.models)}
+        others = [other for name, other in graphs.items() if name != MODEL]
+        sha256, size = write_external_data(model, root / WEIGHTS, progress, others=others)
+        for name, graph in graphs.items():
+            inline_small(graph)
+            _save_graph(graph, root / name)
+            _check(root / name)
         goldens.save(root / GOLDENS)
         shutil.copymode(root / MODEL, root / GOLDENS)  # safetensors makes its files private
         manifest = _manifest(original, rewritten, model, recipe, checkpoints)
+        manifest.route = route_info(graphs, routed)
         artifact = Artifact(root, manifest)
         manifest.files[WEIGHTS] = FileEntry(bytes=size, sha256=sha256)
-        artifact.add_file(MODEL)
-        artifact.add_file(GOLDENS)
+        for name in (*graphs, GOLDENS):
+            artifact.add_file(name)
         artifact.write_manifest()
         _replace(root, out)
     return Artifact(out, manifest)
@@ -145,8 +152,8 @@ def _manifest(
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         source=source_info(original),
         recipe=recipe,
-        inputs=[_tensor_info(value) for value in model.graph.inputs],
-        outputs=[_tensor_info(value) for value in model.graph.outputs],
+        inputs=[tensor_info(value) for value in model.graph.inputs if not value.is_initializer()],
+        outputs=[tensor_info(value) for value in model.graph.outputs if value.name != STATES_OUT],
         opsets=dict(model.graph.opset_imports),
         ops=dict(sorted(nodes.items())),
         custom_ops={
@@ -180,12 +187,6 @@ def pass_infos(program: Program) -> list[PassInfo]:
         )
         for record in program.history
     ]
-
-
-def _tensor_info(value: ir.Value) -> TensorInfo:
-    if value.shape is None or value.dtype is None or value.name is None:
-        raise ValueError(f"{value.name} has no static shape")
-    return TensorInfo(name=value.name, shape=[int(dim) for dim in value.shape], dtype=_dtype_name(value.dtype))  # type: ignore[arg-type]
 
 
 def _dtype_name(dtype: ir.DataType) -> str:

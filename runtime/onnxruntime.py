@@ -73,6 +73,7 @@ def session_from_artifact(
     map_weights: bool | None = None,
     extra_outputs: Sequence[str] = (),
     kernels: bool | None = None,
+    keep_memory: bool = True,
 ) -> ort.InferenceSession:
     """Open ``model.onnx`` of an artefact.
 
@@ -87,6 +88,8 @@ def session_from_artifact(
         kernels: Run depth-attention operators by the library of kernels (``docs/native.md``) instead of the function
             bodies in the file. ``None`` does so where there are any: for the CPU the library, for the CUDA provider the
             library and the cubins that ``depthwire kernels`` wrote.
+        keep_memory: Keep the memory of intermediate results for the next call. Several sessions that run in turn take
+            it once each; without it they give it back.
 
     Raises:
         UsageError: An extra output is not a value of the graph (``runtime.no-such-value``).
@@ -99,6 +102,7 @@ def session_from_artifact(
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads or _usable_cpus()
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = keep_memory
     chosen = kernel_options(artifact, providers, kernels=kernels)
     if chosen is not None:
         chosen.apply(options)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthwire.runtime.compare import compare
 from depthwire.runtime.onnxruntime import run_session, session_from_artifact, value_names
+from depthwire.runtime.routing_flips import RoutingFlip, routing_flips
 from depthwire.runtime.torch_exported import node_names, run_nodes
 from depthwire.runtime.verify_report import CheckpointResult, Divergence, Pair
 
@@ -25,6 +26,8 @@ _STEPS: dict[tuple[str, str], Pair] = {
     ("original", "rewritten"): "rewrite",
     ("rewritten", _ONNXRUNTIME): "export/runtime",
     ("original", _ONNXRUNTIME): "compile",
+    ("routed", "rewritten"): "rewrite",
+    ("routed", _ONNXRUNTIME): "compile",
 }
 
 
@@ -41,7 +44,7 @@ def first_divergence(
 
     Args:
         artifact: The artefact.
-        programs: ``original`` and ``rewritten``, or one of them, in this order.
+        programs: ``original`` (or ``routed``) and ``rewritten``, or one of them, in this order.
         inputs: The window on which a comparison failed.
         window: Its index, for the report.
         tell: Receives a line per graph.
@@ -57,14 +60,17 @@ def first_divergence(
     tell(f"layers of {_ONNXRUNTIME}")
     values[_ONNXRUNTIME] = _session_values(artifact, inputs, names, kernels=kernels)
     trail = tuple(_walk(checkpoints, values))
+    tell("routing")
+    flips = routing_flips(artifact, list(programs.values())[-1], inputs, kernels=kernels)
     first = next((entry for entry in trail if not entry.result), None)
     return Divergence(
         first=first,
-        note=_note(first, trail, checkpoints),
+        note=" ".join(filter(None, [_flip_note(flips), _note(first, trail, checkpoints)])),
         window=window,
         checked=len({id(entry.checkpoint) for entry in trail}),
         skipped=sum(any(c.value not in side for side in values.values()) for c in checkpoints),
         trail=trail,
+        flips=tuple(flips),
     )
 
 
@@ -90,6 +96,19 @@ def _walk(checkpoints: list[Checkpoint], values: Mapping[str, Values]) -> Iterat
                 left, right = {name: values[expected][name]}, {name: values[actual][name]}
                 result = compare(left, right, default="layer")[name]
                 yield CheckpointResult(checkpoint, _STEPS[expected, actual], result)
+
+
+def _flip_note(flips: list[RoutingFlip]) -> str:
+    """Return what was routed differently: a unit's flips change everything behind it."""
+    if not flips:
+        return ""
+    cause = flips[0]
+    own = [flip for flip in flips if flip.unit == cause.unit]
+    apart = abs(cause.score - cause.nearest)
+    return (
+        f"The graphs route {len(own)} tokens differently, first in {cause.module}: token {cause.token} of sequence "
+        f"{cause.sequence}, whose score {cause.score:.6g} is {apart:.2g} away from that of a token on the other side."
+    )
 
 
 def _note(first: CheckpointResult | None, trail: tuple[CheckpointResult, ...], checkpoints: list[Checkpoint]) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from depthwire.errors import BuildError, UsageError
 from depthwire.ops import read_weights
+from depthwire.runtime._fx import module_of, operator_name
 from depthwire.runtime.torch_exported import placeholder_values
 
 if TYPE_CHECKING:
@@ -159,11 +160,7 @@ class _Recorder(torch.fx.Interpreter):
 
 
 def _is_read(node: Node) -> bool:
-    return node.op == "call_function" and _name(node) in _READS
-
-
-def _name(node: Node) -> str:
-    return str(node.target._schema.name) if isinstance(node.target, torch._ops.OpOverload) else ""
+    return node.op == "call_function" and operator_name(node) in _READS
 
 
 def _bound(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,24 +188,18 @@ def _describe(node: Node, weights: tuple[float, ...]) -> Read:
         name=node.name,
         module=_reader(node),
         sources=tuple(source.name for source in sources),
-        source_modules=tuple(_module(source) for source in sources),
+        source_modules=tuple(module_of(source) for source in sources),
         weights=weights,
     )
 
 
-def _module(node: Node) -> str:
-    """Return the path of the innermost module that a node came from."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack else ""
-
-
 def _reader(node: Node) -> str:
     """Return the path of the module that takes what was read: that of the first user outside the read's own module."""
-    own, at = _module(node), node
+    own, at = module_of(node), node
     while at.users:
         at = next(iter(at.users))
-        if _module(at) not in (own, ""):
-            return _module(at)
+        if module_of(at) not in (own, ""):
+            return module_of(at)
         if len(at.all_input_nodes) > 1:
             break  # no cast or reshape any more: the module that reads does something with it itself
     return own

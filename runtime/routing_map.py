@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from depthwire.errors import BuildError, UsageError
+from depthwire.runtime._fx import is_selection, module_of
 from depthwire.runtime.torch_exported import placeholder_values
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from depthwire.program import Program
 
-_SELECTIONS = ("depthwire::select_tokens", "depthwire::select_tokens_budget")
 _MOST_NAMED = 128
 """Tokens up to which a picture names each; a longer one keeps the axis numeric."""
 
@@ -117,7 +117,7 @@ class _Recorder(torch.fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.exported.graph_module)
         self._graph = program.exported.graph
-        self.selections = [node for node in self._graph.nodes if _is_selection(node)]
+        self.selections = [node for node in self._graph.nodes if is_selection(node)]
         self._computed: dict[str, list[tuple[bool, ...]]] = {node.name: [] for node in self.selections}
         self._scores: dict[str, list[tuple[float, ...]]] = {node.name: [] for node in self.selections}
 
@@ -130,7 +130,7 @@ class _Recorder(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         """Run a node; look at what it selected if it is a selection."""
         result = super().run_node(n)
-        if _is_selection(n):
+        if is_selection(n):
             args, _ = self.fetch_args_kwargs_from_env(n)
             self._keep(n.name, args[0], result[0], result[1])
         return result
@@ -144,17 +144,12 @@ class _Recorder(torch.fx.Interpreter):
         """Return what a selection took of all sequences so far."""
         slots = int(node.meta["val"][0].shape[1])
         return Selection(
-            node.name, _module(node), slots, tuple(self._computed[node.name]), tuple(self._scores[node.name])
+            node.name,
+            module_of(node) or node.name,
+            slots,
+            tuple(self._computed[node.name]),
+            tuple(self._scores[node.name]),
         )
-
-
-def _is_selection(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _SELECTIONS
-
-
-def _module(node: Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack else node.name
 
 
 def save_routing_picture(found: RoutingMap, file: Path, *, sequence: int = 0) -> None:

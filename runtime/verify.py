@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VerifyReport", "format_report", "verify"]
 
-ORIGINAL, REWRITTEN, ONNXRUNTIME, GOLDENS = "original", "rewritten", "onnxruntime", "goldens"
+ORIGINAL, ROUTED, REWRITTEN, ONNXRUNTIME, GOLDENS = "original", "routed", "rewritten", "onnxruntime", "goldens"
 
 
 def verify(
@@ -53,7 +53,7 @@ def verify(
 
     Args:
         artifact: The artefact.
-        original: The captured program, before any pass.
+        original: The captured program, before any pass; for a model that was told to route, with its routing.
         rewritten: The program that was exported.
         windows: Inputs, each by name with the shape and dtype of the manifest. Empty if no program is given.
         progress: Receives one line per step.
@@ -68,7 +68,10 @@ def verify(
         ExportError: The goldens are unusable, or the artefact cannot be written to.
     """
     started, tell = time.perf_counter(), progress or _silent
-    programs = {name: p for name, p in ((ORIGINAL, original), (REWRITTEN, rewritten)) if p is not None}
+    # What must be computed is the original, or, where the user had layers routed, the original with that routing alone.
+    chosen = artifact.manifest.route is not None and artifact.manifest.route.spec is not None
+    first = ROUTED if chosen else ORIGINAL
+    programs = {name: p for name, p in ((first, original), (REWRITTEN, rewritten)) if p is not None}
     goldens = None if programs else Goldens(artifact)
     feeds = window_feeds(artifact, windows, goldens)
     labels = [*(programs or [GOLDENS]), ONNXRUNTIME]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from depthwire.artifact import Checkpoint
     from depthwire.runtime.compare import Comparison, TensorResult
     from depthwire.runtime.logits import NegativeLogLikelihood, Top1
+    from depthwire.runtime.routing_flips import RoutingFlip
 
 Pair = Literal["rewrite", "export/runtime", "compile"]
 """Which step two graphs lie on either side of: original and rewritten in torch; rewritten in torch and the file in
@@ -109,6 +110,7 @@ class Divergence:
         checked: Checkpoints that were compared across at least one step.
         skipped: Checkpoints that at least one graph lacks.
         trail: Every comparison made, in layer order.
+        flips: Tokens that the two graphs route differently, in order of execution; the first unit's are causes.
     """
 
     first: CheckpointResult | None
@@ -117,6 +119,7 @@ class Divergence:
     checked: int
     skipped: int
     trail: tuple[CheckpointResult, ...]
+    flips: tuple[RoutingFlip, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the divergence JSON-ready."""
@@ -127,6 +130,7 @@ class Divergence:
             "checked": self.checked,
             "skipped": self.skipped,
             "trail": [entry.as_dict() for entry in self.trail],
+            "flips": [flip.as_dict() for flip in self.flips],
         }
 
 

@@ -12,10 +12,12 @@ def translations() -> dict[str, Callable[..., Any]]:
     """Return qualified torch name, with the overload unless it is the default -> callable that emits the ONNX nodes."""
     from depthwire.export.translations.grouped_mm import aten_grouped_mm, grouped_mm
     from depthwire.export.translations.rotary_embedding import rotary_embedding
+    from depthwire.export.translations.to_dtype import to_dtype
 
     return {
         "transformers::grouped_mm_fallback": grouped_mm,
         "aten::_grouped_mm": aten_grouped_mm,
+        "aten::to.dtype": to_dtype,
         "onnx::RotaryEmbedding.opset23": rotary_embedding,
     }
 

@@ -196,7 +196,18 @@ def _bind(
             got=", ".join(inputs) if isinstance(inputs, Mapping) else f"{len(inputs)} positional tensors",
             todo=f"Name one tensor for each required parameter ({error}).",
         ) from error
-    return tuple(bound.args[1:]), dict(bound.kwargs), signature
+    seen: set[int] = set()
+    args = tuple(_distinct(value, seen) for value in bound.args[1:])
+    return args, {name: _distinct(value, seen) for name, value in bound.kwargs.items()}, signature
+
+
+def _distinct(value: Any, seen: set[int]) -> Any:
+    """Return a copy of a tensor that is given a second time: torch.export would take both inputs for one."""
+    if not isinstance(value, Tensor):
+        return value
+    repeated = id(value) in seen
+    seen.add(id(value))
+    return value.clone() if repeated else value
 
 
 def _view(

@@ -34,6 +34,20 @@ class Named(NamedTuple):
     second: Tensor | None
 
 
+class Difference(nn.Module):
+    """Two inputs that are not exchangeable."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x - 2 * y
+
+
+def test_one_tensor_for_two_inputs_is_two_inputs() -> None:
+    ones, two, three = (torch.full((2,), value) for value in (1.0, 2.0, 3.0))
+    for examples in ({"x": ones, "y": ones}, (ones, ones)):
+        program = capture(Difference(), example_inputs=examples)
+        assert torch.equal(program.module()(two, three), two - 2 * three)
+
+
 @pytest.mark.parametrize(
     ("function", "names"),
     [

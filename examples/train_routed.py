@@ -204,6 +204,8 @@ def judge(model: nn.Module, ids: Tensor, rest: Tensor, length: int) -> dict[str,
     model.rule = "top-k"
     figures: dict[str, Any] = {"held_out": round(held_out_loss(model, rest, length), 4)}
     figures["held_out_random"] = round(loss_at_random(model, rest, length), 4)
+    if model.kind == "subjective_timescale":
+        figures["held_out_teacher"] = round(loss_of_the_teacher(model, rest, length), 4)
     model.rule = "budget"
     with torch.inference_mode(mode=False):
         model.trace(ids[: 16 * length].reshape(16, length), calibrate=True)
@@ -231,6 +233,17 @@ def loss_at_random(model: RoutedDecoder, rest: Tensor, length: int) -> float:
 
     with mock.patch.object(Stream, "select", drawn):
         return held_out_loss(model, rest, length)
+
+
+def loss_of_the_teacher(model: RoutedDecoder, rest: Tensor, length: int) -> float:
+    """Return the held-out loss of the training pass, which computes the teacher's tokens; arguments as above."""
+    count = (len(rest) - 1) // length
+    windows = torch.stack([rest[i * length : i * length + length + 1] for i in range(count)])
+    model.train()
+    with torch.no_grad():
+        losses = [model.losses(w[:, :-1], w[:, 1:]).lm.item() * len(w) for w in torch.split(windows, 16)]
+    model.eval()
+    return math.fsum(losses) / count
 
 
 def draw(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
@@ -268,6 +281,9 @@ def draw(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(["dense", *KINDS]), help="Default: all.")
 @click.option("--capacity", default=0.5, show_default=True)
 @click.option("--gate", type=click.Choice(["unit", "score"]), default="unit", show_default=True)
+@click.option(
+    "--beta", type=click.Choice(["learned", "schedule"]), help="Steepness of the gates. Default: as published."
+)
 @click.option("--anneal", default=0.3, show_default=True, help="Share of the budget over which the capacity falls.")
 @click.option("--layers", default=6, show_default=True)
 @click.option("--width", default=128, show_default=True)
@@ -290,6 +306,7 @@ def main(
     kinds: tuple[str, ...],
     capacity: float,
     gate: str,
+    beta: str | None,
     anneal: float,
     layers: int,
     width: int,
@@ -335,7 +352,8 @@ def main(
         model: nn.Module = dense
         if kind != "dense":
             torch.manual_seed(seed)
-            routing = RoutingConfig(**{"capacity": capacity, "gate": gate, **PUBLISHED[kind]})
+            given = {"capacity": capacity, "gate": gate, **PUBLISHED[kind]}
+            routing = RoutingConfig(**(given if beta is None else {**given, "beta": beta}))
             model = build(RoutedConfig(cast("Kind", kind), decoder, routing))
             model.load_state_dict(start, strict=False)
         seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime

@@ -11,10 +11,10 @@ from depthwire.models.routed_examples import example
 
 if TYPE_CHECKING:
     from depthwire.models.routed_decoder import DecoderLayer, RoutedDecoder
-    from depthwire.models.routing_config import Kind
+    from depthwire.models.routing_config import Kind, Spelling
 
 KINDS: tuple[Kind, ...] = ("mixture_of_depths", "subjective_depth", "subjective_timescale", "attn_res")
-SPELLINGS = ("gather", "index", "onehot")
+SPELLINGS: tuple[Spelling, ...] = ("gather", "index", "onehot")
 TOKENS = 24
 # fp64 throughout: two orders of summation over at most some hundred terms of size 1 stay far below this, and a token
 # that is wrongly routed is off by more than 1e-3.

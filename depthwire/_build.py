@@ -97,6 +97,7 @@ def build_stage(artifact: Artifact, target: Target, options: BuildOptions, stage
             optimization_level=options.optimization_level,
             progress=show,
             check_memory=options.check_memory,
+            route_inputs=options.route_inputs,
         )
         stage.bytes = engine.bytes
         stage.child_peak(engine.peak_rss_bytes)

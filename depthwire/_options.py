@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     workspace: int | str | None
     optimization_level: int | None
     check_memory: bool
+    route_inputs: bool
 
 
 def combine(

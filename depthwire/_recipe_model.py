@@ -183,6 +183,8 @@ class BuildOptions(_Strict):
     """Builder effort, 0 to 5; the builder's default when absent."""
     check_memory: bool = True
     """Refuse a build that is predicted not to fit into memory."""
+    route_inputs: bool = False
+    """Thresholds, budgets and counts of a routed model become inputs of the engine instead of constants."""
 
 
 class Recipe(_Strict):

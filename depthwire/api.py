@@ -323,6 +323,7 @@ def build(
     workspace: int | None = None,
     optimization_level: int | None = None,
     check_memory: bool = True,
+    route_inputs: bool | None = None,
     stages: Stages | None = None,
 ) -> EngineInfo:
     """Build an engine from an artefact and list it in the manifest.
@@ -334,6 +335,8 @@ def build(
         workspace: Most scratch memory of the engine in bytes; the recipe's, else the builder's default, when absent.
         optimization_level: Builder effort, 0 to 5; as above when absent.
         check_memory: Refuse a build that is predicted not to fit into memory.
+        route_inputs: Let the engine's caller give the thresholds, budgets and counts of a routed model; as above when
+            absent.
         stages: See the module's text.
 
     Raises:
@@ -349,6 +352,7 @@ def build(
         "workspace": workspace,
         "optimization_level": optimization_level,
         "check_memory": check_memory,
+        "route_inputs": route_inputs,
     }
     return _build.build(Path(directory), options, stages or Stages())
 

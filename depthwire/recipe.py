@@ -90,6 +90,7 @@ OPTIONS: dict[str, Key] = {
     "workspace": ("build", "workspace"),
     "optimization_level": ("build", "optimization_level"),
     "check_memory": ("build", "check_memory"),
+    "route_inputs": ("build", "route_inputs"),
     "out": ("out",),
 }
 """Python argument (and, with dashes, command-line option) -> key in the recipe."""

@@ -118,7 +118,7 @@ class RouteScore:
     def _timescale(self, logits: torch.fx.Node) -> torch.fx.Node:
         """Return w_1 · x_t + w_2 · x_{t-1}; before the first valid token there is nothing."""
         own, last = (self._call(aten.select.int, (logits, 2, index)) for index in (0, 1))
-        valid = self._call(aten.to.dtype, (self.valid, self._compute))
+        valid = self._cast(self.valid, self._compute)
         last = self._call(aten.mul.Tensor, (last, valid))
         batch, tokens = (int(size) for size in value(last).shape)
         shifted = self._call(aten.slice.Tensor, (last, 1, 0, tokens - 1))
@@ -147,10 +147,15 @@ class RouteScore:
         return self._parameters[name]
 
     def _wide(self, node: torch.fx.Node) -> torch.fx.Node:
-        return node if value(node).dtype == self._compute else self._call(aten.to.dtype, (node, self._compute))
+        return self._cast(node, self._compute)
 
     def _narrow(self, node: torch.fx.Node) -> torch.fx.Node:
-        return node if value(node).dtype == self._dtype else self._call(aten.to.dtype, (node, self._dtype))
+        return self._cast(node, self._dtype)
+
+    def _cast(self, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+        if value(node).dtype == dtype:
+            return node
+        return self._call(aten._to_copy.default, (node,), {"dtype": dtype})
 
     def _negated(self, node: torch.fx.Node) -> torch.fx.Node:
         return self._call(aten.neg.default, (node,))

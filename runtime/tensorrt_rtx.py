@@ -18,6 +18,7 @@ from depthwire.errors import BuildError, UsageError
 from depthwire.runtime._build_errors import turing_float32
 from depthwire.runtime._build_process import BuildRequest, BuildResult, Progress, spawn
 from depthwire.runtime._onnx_graph import GraphFacts, read_graph
+from depthwire.runtime._route_network import network_model, refuse_wide_selections
 from depthwire.runtime.memory import require_memory
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ ENGINE = "model.engine"
 LOG = "build.log"
 FAILED_LOG = "build-failed.log"
 _NOT_RUN = "Built ahead of time without a GPU; not loaded or run on one."
+_ROUTE_INPUTS = "Thresholds, budgets and counts are inputs of the engine: give them with every call."
 _SHOWN_NODES = 5
 # The builder's names of tensor types, in the manifest's spelling.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
@@ -46,6 +48,7 @@ def build(
     optimization_level: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     check_memory: bool = True,
+    route_inputs: bool = False,
 ) -> EngineInfo:
     """Build ``engine/<target>/model.engine`` and enter it into the manifest and the report.
 
@@ -59,15 +62,18 @@ def build(
         optimization_level: 0 to 5; ``None`` for the target's or the builder's default.
         progress: Called as the build goes on; an exception from it cancels the build.
         check_memory: Refuse a build that is predicted not to fit into memory.
+        route_inputs: Make thresholds, budgets and counts of a routed model inputs of the engine, which its caller must
+            give; else they are constants.
 
     Returns:
         The engine's facts, as they stand in the manifest. A build that is cancelled or fails leaves an engine that
         was there before as it was; a failed one leaves its log in ``engine/<target>/build-failed.log``.
 
     Raises:
-        UsageError: ``target.nothing-to-build``, ``target.bad-build-option`` or a bad compute capability.
+        UsageError: ``target.nothing-to-build``, ``target.bad-build-option``, ``build.no-route-inputs`` or a bad compute
+            capability.
         BuildError: ``build.attention-op``, ``build.custom-op-without-body``, ``build.turing-float32``,
-            ``build.out-of-memory``, or what ``_build_process.spawn`` raises.
+            ``build.too-many-slots``, ``build.out-of-memory``, or what ``_build_process.spawn`` raises.
     """
     level = optimization_level if optimization_level is not None else target.optimization_level
     workspace = workspace_bytes if workspace_bytes is not None else target.workspace_bytes
@@ -75,6 +81,7 @@ def build(
     capabilities = target.resolve_compute_capabilities(compute_capabilities)
     facts = read_graph(artifact.model)
     _refuse_unbuildable(artifact.model, facts, capabilities)
+    refuse_wide_selections(artifact.model)
     predicted = None
     if target.memory is not None:
         predicted = target.memory.predict(weight_bytes=facts.weight_bytes, products=facts.products, nodes=facts.nodes)
@@ -82,9 +89,12 @@ def build(
             require_memory(predicted, weight_bytes=facts.weight_bytes, at=str(artifact.model))
 
     engine_name, log_name = (f"engine/{target.name}/{file}" for file in (ENGINE, LOG))
-    with _workplace(artifact.path(engine_name).parent) as (engine, log):
+    with (
+        network_model(artifact, route_inputs=route_inputs) as model,
+        _workplace(artifact.path(engine_name).parent) as (engine, log),
+    ):
         request = BuildRequest(
-            model=str(artifact.model.resolve()),
+            model=str(model.resolve()),
             engine=str(engine.resolve()),
             compute_capabilities=capabilities,
             workspace_bytes=workspace,
@@ -101,6 +111,8 @@ def build(
         engine.replace(artifact.path(engine_name))
         log.replace(artifact.path(log_name))
     info = _engine_info(target, engine_name, capabilities, result, predicted)
+    if route_inputs:
+        info.notes.append(_ROUTE_INPUTS)
     _record(artifact, info, log_name)
     return info
 

@@ -165,6 +165,12 @@ def engine_options(function: F) -> F:
                 default=None,
                 help="Build even if the memory is predicted not to suffice.",
             ),
+            click.option(
+                "--route-inputs",
+                is_flag=True,
+                default=None,
+                help="Let the engine's caller give the thresholds, budgets and counts of a routed model.",
+            ),
         ]
     )(function)
 

@@ -27,6 +27,7 @@ def command(
     workspace: str | None,
     optimization_level: int | None,
     check_memory: bool | None,
+    route_inputs: bool | None,
 ) -> None:
     """Build an engine from the artefact DIRECTORY and list it in its manifest."""
     from depthwire.api import build
@@ -39,6 +40,7 @@ def command(
             "workspace": workspace,
             "optimization_level": optimization_level,
             "check_memory": check_memory,
+            "route_inputs": route_inputs,
         },
         flags=True,
     ).build
@@ -49,6 +51,7 @@ def command(
         workspace=options.workspace,
         optimization_level=options.optimization_level,
         check_memory=options.check_memory,
+        route_inputs=route_inputs,
         stages=ui.stages(),
     )
     ui.result(engine.model_dump(mode="json"), show_engine(engine))

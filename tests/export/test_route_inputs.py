@@ -66,7 +66,7 @@ def test_the_tables_are_inputs_that_nobody_must_give(program: Program) -> None:
 
 def test_a_moved_threshold_moves_the_selection_as_in_torch(program: Program) -> None:
     model = to_onnx(program)
-    taken = [node.outputs[1].name for node in model.graph if node.op_type.startswith("SelectTokensBudget")]
+    taken = [str(node.outputs[1].name) for node in model.graph if node.op_type.startswith("SelectTokensBudget")]
     session = session_of(model, *taken)
     counts = []
     for values in ([0.0, 0.0], [-np.inf, 0.3], [0.8, -np.inf]):
@@ -81,8 +81,8 @@ def test_a_moved_threshold_moves_the_selection_as_in_torch(program: Program) -> 
 def test_carried_counts_make_two_chunks_select_as_the_whole(program: Program) -> None:
     model = to_onnx(program, carry=True)
     selects = [node for node in model.graph if node.op_type.startswith("SelectTokensBudget")]
-    scores = [node.inputs[0].name for node in selects]
-    names = [name for node in selects for name in (node.outputs[0].name, node.outputs[1].name)]
+    scores = [value.name or "" for node in selects for value in node.inputs[:1] if value is not None]
+    names = [str(value.name) for node in selects for value in node.outputs[:2]]
     session = session_of(model, *scores, *names)
     assert [value.name for value in session.get_outputs()][:2] == ["logits", "route_states_out"]
     states = np.zeros((2, BATCH, 2), np.int64)

@@ -1,0 +1,93 @@
+"""What an engine builder must know of a routed graph: the slots of its selections, and its inputs with defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from depthwire.errors import BuildError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from onnx import ModelProto
+
+    from depthwire.artifact import Artifact
+
+TOP_K_LIMIT = 3840
+"""Most values that TopK of TensorRT and TensorRT-RTX returns."""
+
+_ROUTE_INPUTS = ("route_thresholds", "route_budgets", "route_states")
+
+
+def refuse_wide_selections(model: Path) -> None:
+    """Refuse what the builder would refuse: more slots in one window of a top-k selection than its TopK returns.
+
+    Raises:
+        BuildError: ``build.too-many-slots``.
+    """
+    proto = _load(model)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    values = (*proto.graph.value_info, *proto.graph.input)
+    shapes |= {v.name: tuple(dim.dim_value for dim in v.type.tensor_type.shape.dim) for v in values}
+    for node in proto.graph.node:
+        if node.domain != "depthwire" or not node.op_type.startswith("SelectTokens_"):
+            continue
+        tokens, slots = shapes.get(node.input[0], (0, 0))[1], shapes.get(node.input[2], (0,))[0]
+        window = next((attribute.i for attribute in node.attribute if attribute.name == "window"), 0) or tokens
+        share = slots * window // tokens if tokens else 0
+        if share > TOP_K_LIMIT:
+            raise BuildError(
+                "build.too-many-slots",
+                "A selection takes more tokens than TopK returns",
+                at=f"{model}: {node.name}",
+                want=f"at most {TOP_K_LIMIT} tokens selected from a window",
+                got=f"{share} of {window}",
+                todo="Route with --route-rule budget, or select in windows with --route-window.",
+            )
+
+
+@contextlib.contextmanager
+def network_model(artifact: Artifact, *, route_inputs: bool) -> Iterator[Path]:
+    """Give the graph to build: the artefact's own, or a copy of which thresholds, budgets and counts are real inputs.
+
+    A parser of TensorRT takes an input with a default for a constant. The copy, without the defaults, lies beside the
+    weights for as long as the engine is built.
+
+    Args:
+        artifact: The artefact.
+        route_inputs: Whether the caller of the engine gives the tables.
+
+    Raises:
+        UsageError: ``build.no-route-inputs``: the graph has no such inputs.
+    """
+    if not route_inputs:
+        yield artifact.model
+        return
+    proto = _load(artifact.model)
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in _ROUTE_INPUTS]
+    if len(kept) == len(proto.graph.initializer):
+        raise UsageError(
+            "build.no-route-inputs",
+            "The graph has no thresholds that an engine could take as inputs",
+            at=str(artifact.model),
+            want="layers routed by a running budget",
+            got="none",
+            todo="Leave --route-inputs out, or convert with --route-rule budget.",
+        )
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    copy = artifact.model.with_name(f".{artifact.model.name}.{os.getpid()}")
+    try:
+        copy.write_bytes(proto.SerializeToString())
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _load(model: Path) -> ModelProto:
+    import onnx
+
+    return onnx.load(str(model), load_external_data=False)

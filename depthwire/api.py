@@ -335,8 +335,7 @@ def build(
         workspace: Most scratch memory of the engine in bytes; the recipe's, else the builder's default, when absent.
         optimization_level: Builder effort, 0 to 5; as above when absent.
         check_memory: Refuse a build that is predicted not to fit into memory.
-        route_inputs: Let the engine's caller give the thresholds, budgets and counts of a routed model; as above when
-            absent.
+        route_inputs: Make a routed model's thresholds, budgets and counts inputs; as above when absent.
         stages: See the module's text.
 
     Raises:

@@ -49,6 +49,7 @@ class Form:
     kv_heads: int = HEADS
     layers: int = 2
     joint_rotary: bool = False
+    reach: int = 0
 
 
 FORMS = {
@@ -64,6 +65,7 @@ FORMS = {
     "encoder": Form(causal=False, masked=True),
     "bert": Form(causal=False, masked=True, rotary=False, post=True, spelling="eager"),
     "parallel": Form(parallel=True),
+    "sliding": Form(reach=4),
 }
 
 
@@ -163,8 +165,9 @@ class Model(nn.Module):
     def _mask(self, length: int, attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
         square = torch.ones(length, length, dtype=torch.bool)
         causal = square.tril() if self.form.causal else square
+        causal = causal.triu(1 - self.form.reach) if self.form.reach else causal
         additive = self.form.spelling in ("eager", "heads-flat")
-        if attention_mask is None and (not self.form.causal or not additive):
+        if attention_mask is None and not self.form.reach and (not self.form.causal or not additive):
             return None
         visible = causal
         if attention_mask is not None:
@@ -328,9 +331,8 @@ class Reference:
             q, k = (rotated(part, angles[places][:, None]) for part, places in ((q, tokens), (k, keys)))
         mixed = torch.empty_like(q)
         for n, token in enumerate(tokens):
-            seen = [
-                m for m, key in enumerate(keys) if key == token or (valid[key] and (key <= token or not form.causal))
-            ]
+            first, last = token - form.reach if form.reach else -1, token if form.causal else len(valid)
+            seen = [m for m, key in enumerate(keys) if key == token or (valid[key] and first < key <= last)]
             for head in range(HEADS):
                 group = head * form.kv_heads // HEADS
                 weights = (k[seen, group] @ q[n, head] / math.sqrt(HEAD)).softmax(0)

@@ -161,4 +161,4 @@ class RouteScore:
         return self._call(aten.neg.default, (node,))
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> torch.fx.Node:
-        return self.edit.call(target, args, kwargs, before=self.place, like=self.place)
+        return self.edit.call(target, args, kwargs, before=self.place, like=self.unit.anchor)

@@ -155,15 +155,15 @@ class _Routing:
     def route(self, number: int, unit: Unit) -> None:
         """Route one unit."""
         spec, edit = self._parts.spec, self._edit
-        place = edit.copy_of(unit.results[0])
+        place, like = edit.copy_of(unit.results[0]), unit.anchor
         scoring = RouteScore(edit, self._parts, unit, self._valid, place)
         score = scoring.score()
-        selection = self._select(number, unit.layer, score, place)
+        selection = self._select(number, unit, score, place)
         region = TokenRegion(edit, self._program, frozenset(map(edit.copy_of, unit.boundary)), selection, place)
         taken = selection.taken or self._all_taken(selection)
         gate = None
         if spec.gate != "one":
-            gathered = edit.call(GATHER, (score, selection.index), before=place, like=place)
+            gathered = edit.call(GATHER, (score, selection.index), before=place, like=like)
             gate = scoring.gate(gathered)
         if len(unit.results) > 1 and spec.fallback != "identity":
             raise UsageError(
@@ -182,26 +182,26 @@ class _Routing:
             rows = region.rows(result).node
             base = self._base(unit, state, prior, result)
             if gate is not None:
-                rows = self._gated(rows, gate, region.gather(state) if unit.residual else None, result)
-            out = edit.call(SCATTER, (base, selection.index, taken, rows), before=result, like=result)
+                rows = self._gated(rows, gate, region.gather(state) if unit.residual else None, result, like)
+            out = edit.call(SCATTER, (base, selection.index, taken, rows), before=result, like=like)
             edit.replace(result, out, keep_name=True)
 
-    def _select(self, number: int, layer: int, score: torch.fx.Node, place: torch.fx.Node) -> Selection:
-        spec = self._parts.spec
-        count = spec.slots(layer, self._tokens)
+    def _select(self, number: int, unit: Unit, score: torch.fx.Node, place: torch.fx.Node) -> Selection:
+        spec, like = self._parts.spec, unit.anchor
+        count = spec.slots(unit.layer, self._tokens)
         if count not in self._slots:
             self._slots[count] = self._edit.add_constant(f"route.slots_{count}", torch.arange(count))
         if spec.rule == "budget":
             rows = (
-                self._edit.call(aten.select.int, (table, 0, number), before=place, like=place) for table in self._tables
+                self._edit.call(aten.select.int, (table, 0, number), before=place, like=like) for table in self._tables
             )
             args: tuple[object, ...] = (score, self._valid, *rows, self._slots[count])
-            chosen = self._edit.call(SELECT_BUDGET, args, before=place, like=place)
+            chosen = self._edit.call(SELECT_BUDGET, args, before=place, like=like)
         else:
             args = (score, self._valid, self._slots[count], spec.window)
-            chosen = self._edit.call(SELECT, args, before=place, like=place)
+            chosen = self._edit.call(SELECT, args, before=place, like=like)
         index, taken = (
-            self._edit.call(operator.getitem, (chosen, position), before=place, like=place) for position in (0, 1)
+            self._edit.call(operator.getitem, (chosen, position), before=place, like=like) for position in (0, 1)
         )
         # Top-k over tokens that are all valid fills every slot.
         full = spec.rule == "top-k" and self._mask is None
@@ -219,18 +219,23 @@ class _Routing:
         if unit.residual:
             if prior is None:
                 return state
-            return self._edit.call(aten.add.Tensor, (state, prior), before=result, like=result)
+            return self._edit.call(aten.add.Tensor, (state, prior), before=result, like=unit.anchor)
         if prior is not None:
             return prior
-        return self._edit.call(aten.zeros_like.default, (state,), before=result, like=result)
+        return self._edit.call(aten.zeros_like.default, (state,), before=result, like=unit.anchor)
 
     def _gated(
-        self, rows: torch.fx.Node, gate: torch.fx.Node, before: torch.fx.Node | None, result: torch.fx.Node
+        self,
+        rows: torch.fx.Node,
+        gate: torch.fx.Node,
+        before: torch.fx.Node | None,
+        result: torch.fx.Node,
+        like: torch.fx.Node,
     ) -> torch.fx.Node:
         """Scale the selected tokens' updates."""
 
         def call(target: object, *args: torch.fx.Node) -> torch.fx.Node:
-            return self._edit.call(target, args, before=result, like=result)  # type: ignore[arg-type]
+            return self._edit.call(target, args, before=result, like=like)  # type: ignore[arg-type]
 
         if before is None:
             return call(aten.mul.Tensor, rows, gate)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from depthwire.errors import PassError
-from depthwire.passes._base import where
+from depthwire.passes._base import module_path, where
 from depthwire.passes._match import aten, is_call, value
 from depthwire.passes._token_region import descendants
 from depthwire.passes.analysis.norm import find_norms
@@ -45,6 +45,7 @@ class Unit:
         heads: Nothing between these and the results may be read from outside.
         results: What is scattered, in graph order.
         residual: Whether the result contains the state (then it is the base that rows are scattered into).
+        anchor: A node of the unit, whose provenance the nodes around it take.
         updated: The stream before and behind the layer before, for the surprise of that layer; ``None`` for the first.
     """
 
@@ -56,6 +57,7 @@ class Unit:
     heads: tuple[torch.fx.Node, ...]
     results: tuple[torch.fx.Node, ...]
     residual: bool
+    anchor: torch.fx.Node
     updated: tuple[torch.fx.Node, torch.fx.Node] | None
 
 
@@ -140,7 +142,23 @@ def _unit(
         if value(result).shape != value(first.state).shape or value(result).dtype != value(first.state).dtype:
             wanted = f"a result like the state {first.state.name}: {value(first.state).dtype}"
             raise _structure(result, f"{wanted}{list(value(first.state).shape)}", str(list(value(result).shape)))
-    return Unit(layer, first.module, first.state, first.normed, boundary, heads, results, residual, updated)
+    module = _common_path([step.module for step in steps])
+    anchor = _anchor(heads, results, module)
+    return Unit(layer, module, first.state, first.normed, boundary, heads, results, residual, anchor, updated)
+
+
+def _common_path(paths: Sequence[str]) -> str:
+    """Return the longest module path that holds all of some."""
+    parts = [path.split(".") for path in paths]
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    return ".".join(names[0] for names in same)
+
+
+def _anchor(heads: Sequence[torch.fx.Node], results: Sequence[torch.fx.Node], module: str) -> torch.fx.Node:
+    """Return the least deep node of a unit that lies in its module; a sum may lie outside of every module."""
+    between = descendants(heads) & _ancestors(results)
+    named = [node for node in between if module_path(node).startswith(module) and module_path(node)]
+    return min(named, key=lambda node: (len(module_path(node)), node.name), default=results[0])
 
 
 def _stream_steps(program: Program) -> list[_Step]:

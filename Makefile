@@ -71,6 +71,7 @@ bench: $(READY) $(MODEL)/config.json native ## Print the figures of docs/benchma
 	$(BIN)/python -m benchmarks.native_reads
 	$(BIN)/python -m benchmarks.native_routing
 	$(BIN)/python -m benchmarks.attn_res_overhead
+	$(BIN)/python -m benchmarks.routing_speed
 	$(BIN)/python -m benchmarks.pass_scaling
 
 clean:          ## Remove the environment, the caches and the outputs

@@ -18,6 +18,7 @@ from depthwire.passes.legalize_writes import LegalizeWrites
 from depthwire.passes.lift_attn_res import LiftAttnRes
 from depthwire.passes.partition import Partition
 from depthwire.passes.recognize_attn_res import RecognizeAttnRes
+from depthwire.passes.recognize_routing import RecognizeRouting
 from depthwire.passes.recognize_triangular_inverse import RecognizeTriangularInverse
 from depthwire.passes.remove_noops import RemoveNoops
 from depthwire.passes.remove_trivial_reads import RemoveTrivialReads
@@ -64,7 +65,7 @@ def standard_pipeline(
     Raises:
         UsageError: ``attn_res`` cannot be read.
     """
-    passes: list[Pass] = [*canonical_pipeline().passes, RecognizeAttnRes()]
+    passes: list[Pass] = [*canonical_pipeline().passes, RecognizeRouting(), RecognizeAttnRes()]
     if attn_res is not None:
         passes.append(LiftAttnRes(Partition.parse(attn_res), correction, queries))
     passes.append(RemoveTrivialReads())

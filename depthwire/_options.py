@@ -60,6 +60,7 @@ class Options(TypedDict, total=False):
     optimization_level: int | None
     check_memory: bool
     route_inputs: bool
+    all_capacities: bool
 
 
 def combine(

@@ -185,6 +185,8 @@ class BuildOptions(_Strict):
     """Refuse a build that is predicted not to fit into memory."""
     route_inputs: bool = False
     """Thresholds, budgets and counts of a routed model become inputs of the engine instead of constants."""
+    all_capacities: bool = False
+    """One engine for every capacity of a routed model; its slots and tables become inputs."""
 
 
 class Recipe(_Strict):

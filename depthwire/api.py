@@ -324,6 +324,7 @@ def build(
     optimization_level: int | None = None,
     check_memory: bool = True,
     route_inputs: bool | None = None,
+    all_capacities: bool | None = None,
     stages: Stages | None = None,
 ) -> EngineInfo:
     """Build an engine from an artefact and list it in the manifest.
@@ -332,10 +333,8 @@ def build(
         directory: The artefact; every hash is checked first.
         target: What to build for; the artefact's own when absent.
         compute_capabilities: GPUs, such as ``SM86``; the recipe's, else the target's own, when absent.
-        workspace: Most scratch memory of the engine in bytes; the recipe's, else the builder's default, when absent.
-        optimization_level: Builder effort, 0 to 5; as above when absent.
+        workspace, optimization_level, route_inputs, all_capacities: As in ``BuildOptions``; the recipe's when absent.
         check_memory: Refuse a build that is predicted not to fit into memory.
-        route_inputs: Make a routed model's thresholds, budgets and counts inputs; as above when absent.
         stages: See the module's text.
 
     Raises:
@@ -352,6 +351,7 @@ def build(
         "optimization_level": optimization_level,
         "check_memory": check_memory,
         "route_inputs": route_inputs,
+        "all_capacities": all_capacities,
     }
     return _build.build(Path(directory), options, stages or Stages())
 

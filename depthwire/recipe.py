@@ -91,6 +91,7 @@ OPTIONS: dict[str, Key] = {
     "optimization_level": ("build", "optimization_level"),
     "check_memory": ("build", "check_memory"),
     "route_inputs": ("build", "route_inputs"),
+    "all_capacities": ("build", "all_capacities"),
     "out": ("out",),
 }
 """Python argument (and, with dashes, command-line option) -> key in the recipe."""

@@ -39,6 +39,7 @@ class BuildRequest:
         compute_capabilities: As ``SM86``.
         workspace_bytes: Limit of the builder's workspace, ``None`` for its default.
         optimization_level: 0 to 5, ``None`` for the builder's default.
+        profile: Least, usual and greatest shape of every input whose shape is not static.
     """
 
     model: str
@@ -46,6 +47,7 @@ class BuildRequest:
     compute_capabilities: tuple[str, ...]
     workspace_bytes: int | None = None
     optimization_level: int | None = None
+    profile: dict[str, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

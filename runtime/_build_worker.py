@@ -116,6 +116,11 @@ def _configure(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
     if request["optimization_level"] is not None:
         config.builder_optimization_level = request["optimization_level"]
+    if request["profile"]:
+        profile = builder.create_optimization_profile()
+        for name, shapes in request["profile"].items():
+            profile.set_shape(name, *shapes)
+        config.add_optimization_profile(profile)
     return config
 
 

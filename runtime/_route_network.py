@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from depthwire.errors import BuildError, UsageError
+from depthwire.runtime._route_profile import SLOTS, profiled_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 TOP_K_LIMIT = 3840
 """Most values that TopK of TensorRT and TensorRT-RTX returns."""
+
+Profile = dict[str, tuple[tuple[int, ...], ...]]
 
 _ROUTE_INPUTS = ("route_thresholds", "route_budgets", "route_states")
 
@@ -50,7 +53,9 @@ def refuse_wide_selections(model: Path) -> None:
 
 
 @contextlib.contextmanager
-def network_model(artifact: Artifact, *, route_inputs: bool) -> Iterator[Path]:
+def network_model(
+    artifact: Artifact, *, route_inputs: bool, all_capacities: bool = False
+) -> Iterator[tuple[Path, Profile]]:
     """Give the graph to build: the artefact's own, or a copy of which thresholds, budgets and counts are real inputs.
 
     A parser of TensorRT takes an input with a default for a constant. The copy, without the defaults, lies beside the
@@ -59,12 +64,21 @@ def network_model(artifact: Artifact, *, route_inputs: bool) -> Iterator[Path]:
     Args:
         artifact: The artefact.
         route_inputs: Whether the caller of the engine gives the tables.
+        all_capacities: One network for all graphs of the artefact; its caller gives the slots, and the tables too.
+
+    Returns:
+        The file, and least, usual and greatest shape of the inputs that have no static one.
 
     Raises:
-        UsageError: ``build.no-route-inputs``: the graph has no such inputs.
+        UsageError: ``build.no-route-inputs``: the graph has no such inputs; ``build.one-capacity``.
     """
+    if all_capacities:
+        model, slots = profiled_model(artifact)
+        with _copy(artifact, model) as path:
+            yield path, {SLOTS: ((slots[0],), (slots[len(slots) // 2],), (slots[-1],))}
+        return
     if not route_inputs:
-        yield artifact.model
+        yield artifact.model, {}
         return
     proto = _load(artifact.model)
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in _ROUTE_INPUTS]
@@ -79,9 +93,15 @@ def network_model(artifact: Artifact, *, route_inputs: bool) -> Iterator[Path]:
         )
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
+    with _copy(artifact, proto) as path:
+        yield path, {}
+
+
+@contextlib.contextmanager
+def _copy(artifact: Artifact, model: ModelProto) -> Iterator[Path]:
     copy = artifact.model.with_name(f".{artifact.model.name}.{os.getpid()}")
     try:
-        copy.write_bytes(proto.SerializeToString())
+        copy.write_bytes(model.SerializeToString())
         yield copy
     finally:
         copy.unlink(missing_ok=True)

@@ -49,6 +49,7 @@ def build(
     progress: Callable[[Progress], None] | None = None,
     check_memory: bool = True,
     route_inputs: bool = False,
+    all_capacities: bool = False,
 ) -> EngineInfo:
     """Build ``engine/<target>/model.engine`` and enter it into the manifest and the report.
 
@@ -64,14 +65,16 @@ def build(
         check_memory: Refuse a build that is predicted not to fit into memory.
         route_inputs: Make thresholds, budgets and counts of a routed model inputs of the engine, which its caller must
             give; else they are constants.
+        all_capacities: One engine for every capacity of the artefact, with K from an optimisation profile; its caller
+            gives ``route_slots`` (0 … K-1) and the tables.
 
     Returns:
         The engine's facts, as they stand in the manifest. A build that is cancelled or fails leaves an engine that
         was there before as it was; a failed one leaves its log in ``engine/<target>/build-failed.log``.
 
     Raises:
-        UsageError: ``target.nothing-to-build``, ``target.bad-build-option``, ``build.no-route-inputs`` or a bad compute
-            capability.
+        UsageError: ``target.nothing-to-build``, ``target.bad-build-option``, ``build.no-route-inputs``,
+            ``build.one-capacity`` or a bad compute capability.
         BuildError: ``build.attention-op``, ``build.custom-op-without-body``, ``build.turing-float32``,
             ``build.too-many-slots``, ``build.out-of-memory``, or what ``_build_process.spawn`` raises.
     """
@@ -90,7 +93,7 @@ def build(
 
     engine_name, log_name = (f"engine/{target.name}/{file}" for file in (ENGINE, LOG))
     with (
-        network_model(artifact, route_inputs=route_inputs) as model,
+        network_model(artifact, route_inputs=route_inputs, all_capacities=all_capacities) as (model, profile),
         _workplace(artifact.path(engine_name).parent) as (engine, log),
     ):
         request = BuildRequest(
@@ -99,6 +102,7 @@ def build(
             compute_capabilities=capabilities,
             workspace_bytes=workspace,
             optimization_level=level,
+            profile=profile,
         )
         result = spawn(
             request,
@@ -111,8 +115,9 @@ def build(
         engine.replace(artifact.path(engine_name))
         log.replace(artifact.path(log_name))
     info = _engine_info(target, engine_name, capabilities, result, predicted)
-    if route_inputs:
+    if route_inputs or all_capacities:
         info.notes.append(_ROUTE_INPUTS)
+    info.notes += [f"{name} of {least[0]} to {most[0]}: its length is K." for name, (least, _, most) in profile.items()]
     _record(artifact, info, log_name)
     return info
 

@@ -171,6 +171,7 @@ def engine_options(function: F) -> F:
                 default=None,
                 help="Let the engine's caller give the thresholds, budgets and counts of a routed model.",
             ),
+            click.option("--all-capacities", is_flag=True, default=None, help="One engine for every capacity."),
         ]
     )(function)
 

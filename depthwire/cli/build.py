@@ -28,6 +28,7 @@ def command(
     optimization_level: int | None,
     check_memory: bool | None,
     route_inputs: bool | None,
+    all_capacities: bool | None,
 ) -> None:
     """Build an engine from the artefact DIRECTORY and list it in its manifest."""
     from depthwire.api import build
@@ -41,6 +42,7 @@ def command(
             "optimization_level": optimization_level,
             "check_memory": check_memory,
             "route_inputs": route_inputs,
+            "all_capacities": all_capacities,
         },
         flags=True,
     ).build
@@ -52,6 +54,7 @@ def command(
         optimization_level=options.optimization_level,
         check_memory=options.check_memory,
         route_inputs=route_inputs,
+        all_capacities=all_capacities,
         stages=ui.stages(),
     )
     ui.result(engine.model_dump(mode="json"), show_engine(engine))

@@ -6,8 +6,10 @@ import importlib.util
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -21,10 +23,12 @@ from depthwire.route import RouteSpec
 from depthwire.route_parts import draw_parts
 from depthwire.runtime import _build_process as process
 from depthwire.runtime._route_network import network_model, refuse_wide_selections
+from depthwire.runtime._route_profile import SLOTS, profiled_model
 from depthwire.runtime.target import load_target
 from depthwire.runtime.tensorrt_rtx import build
+from depthwire.runtime.tolerances import tolerance
 from tests.export.tiny import VOCABULARY, WIDTH, TinyDecoder
-from tests.routed_tiny import BATCH, routed, write_routed
+from tests.routed_tiny import BATCH, TOKENS, feed, routed, write_routed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,7 +128,7 @@ def test_thresholds_are_constants_of_an_engine_unless_asked_for(tmp_path: Path) 
     for asked in (False, True):
         log = trt.Logger(trt.Logger.ERROR)
         network = trt.Builder(log).create_network(0)
-        with network_model(artifact, route_inputs=asked) as model:
+        with network_model(artifact, route_inputs=asked) as (model, _):
             assert trt.OnnxParser(network, log).parse_from_file(str(model))
         found = {network.get_input(n).name: tuple(network.get_input(n).shape) for n in range(network.num_inputs)}
         found.pop("input_ids")
@@ -141,3 +145,50 @@ def test_there_must_be_thresholds_to_ask_for(tmp_path: Path) -> None:
         build(artifact, load_target("rtx"), compute_capabilities=["SM86"], route_inputs=True)
     assert raised.value.code == "build.no-route-inputs"
     assert onnx.load(str(artifact.model), load_external_data=False).graph.input[0].name == "input_ids"
+
+
+SHARES = (Fraction(1, 8), Fraction(3, 4), Fraction(1))
+
+
+@pytest.mark.parametrize("rule", ["budget", "top-k"])
+def test_one_network_computes_what_the_graph_of_each_capacity_computes(rule: str, tmp_path: Path) -> None:
+    artifact = write_routed(tmp_path / "out", SHARES, target="decomposed", rule=rule)
+    model, slots = profiled_model(artifact)
+    assert slots == ((3, 9, 13, 16) if rule == "budget" else (2, 8, 12, 16))
+    (artifact.root / "one.onnx").write_bytes(model.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    one, *each = (
+        onnxruntime.InferenceSession(str(artifact.root / name), options, providers=["CPUExecutionProvider"])
+        for name in ("one.onnx", MODEL, "model.c12.5.onnx", "model.c75.onnx", "model.c100.onnx")
+    )
+    for share, session in zip((Fraction(1, 2), *SHARES), each, strict=True):
+        k = int(share * TOKENS) + (rule == "budget")
+        tables = {
+            "route_thresholds": np.full(2, 0.1, np.float32),
+            "route_budgets": np.array([[share.numerator, share.denominator, 1]] * 2),
+            "route_states": np.zeros((2, BATCH, 2), np.int64),
+        }
+        given = {**feed(), **(tables if rule == "budget" else {})}
+        expected = session.run(None, given)[0]
+        found = one.run(None, {**given, SLOTS: np.arange(min(k, TOKENS))})[0]
+        assert np.abs(found - expected).max() <= tolerance("float32", "logits").allowed(float(np.abs(expected).max()))
+
+
+def test_one_engine_serves_every_capacity(tmp_path: Path) -> None:
+    artifact = write_routed(tmp_path / "out", SHARES, target="decomposed")
+    info = build(artifact, load_target("rtx"), compute_capabilities=["SM86"], all_capacities=True)
+    assert f"{SLOTS} of 3 to 16: its length is K." in info.notes
+    assert info.bytes > 10_000
+
+
+def test_graphs_that_differ_in_more_than_k_do_not_fit_into_one(tmp_path: Path) -> None:
+    alone = write_routed(tmp_path / "alone", target="decomposed")
+    several = write_routed(tmp_path / "several", SHARES[:1], target="decomposed")
+    wide = onnx.load(str(several.model), load_external_data=False)
+    next(node for node in wide.graph.node if node.op_type == "Softmax").op_type = "LogSoftmax"
+    several.model.write_bytes(wide.SerializeToString())
+    for artifact, got in ((alone, "1 graphs"), (several, "graphs with different operators")):
+        with pytest.raises(UsageError) as raised:
+            profiled_model(artifact)
+        assert (raised.value.code, raised.value.got) == ("build.one-capacity", got)

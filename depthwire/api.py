@@ -333,14 +333,15 @@ def build(
         directory: The artefact; every hash is checked first.
         target: What to build for; the artefact's own when absent.
         compute_capabilities: GPUs, such as ``SM86``; the recipe's, else the target's own, when absent.
-        workspace, optimization_level, route_inputs, all_capacities: As in ``BuildOptions``; the recipe's when absent.
+        workspace: Most scratch memory of the engine in bytes; the recipe's, else the builder's default, when absent.
+        optimization_level: Builder effort, 0 to 5; as above when absent.
+        route_inputs: Make a routed model's thresholds, budgets and counts inputs; as above when absent.
+        all_capacities: One engine for every capacity of a routed model; as above when absent.
         check_memory: Refuse a build that is predicted not to fit into memory.
         stages: See the module's text.
 
     Raises:
-        UsageError: Unknown target or compute capability.
-        ExportError: The artefact is damaged.
-        BuildError: The builder is absent, lacks memory, or fails.
+        DepthwireError: A target or option is wrong, the artefact is damaged, or the builder is absent or fails.
     """
     from depthwire import _build
 
@@ -350,8 +351,7 @@ def build(
         "workspace": workspace,
         "optimization_level": optimization_level,
         "check_memory": check_memory,
-        "route_inputs": route_inputs,
-        "all_capacities": all_capacities,
+        **{"route_inputs": route_inputs, "all_capacities": all_capacities},
     }
     return _build.build(Path(directory), options, stages or Stages())
 

@@ -1,8 +1,7 @@
 """The verbs as functions: what ``depthwire VERB`` does, without the printing.
 
 Options are those of ``depthwire.recipe.OPTIONS``; every function that takes ``**options`` also takes ``recipe=``, a
-``Recipe`` or the path of a YAML file, over which the options win. ``stages=`` takes a ``Stages`` that records (and may
-show) what ran; without one nothing is shown.
+``Recipe`` or the path of a YAML file, over which the options win. ``stages=`` takes a ``Stages`` that records what ran.
 """
 
 from __future__ import annotations
@@ -351,7 +350,8 @@ def build(
         "workspace": workspace,
         "optimization_level": optimization_level,
         "check_memory": check_memory,
-        **{"route_inputs": route_inputs, "all_capacities": all_capacities},
+        "route_inputs": route_inputs,
+        "all_capacities": all_capacities,
     }
     return _build.build(Path(directory), options, stages or Stages())
 

@@ -45,7 +45,7 @@ def build_kernels(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> KernelsInfo:
-    """Compile a kernel for every depth-attention operator of an artefact, into its folder ``kernels/``.
+    """Compile the kernels of an artefact's depth-attention and routing operators, into its folder ``kernels/``.
 
     The folder is written beside the earlier one and renamed when it is whole: a run that fails or is interrupted leaves
     the artefact as it was.
@@ -66,11 +66,11 @@ def build_kernels(
     if not specs:
         raise UsageError(
             "triton.no-operators",
-            "The artefact has no depth-attention operators to compile kernels for",
+            "The artefact has no depth-attention or routing operators to compile kernels for",
             at=str(artifact.model),
-            want="nodes AttnRes… of domain depthwire",
+            want="nodes AttnRes…, SelectTokens… and the like of domain depthwire",
             got=", ".join(artifact.manifest.custom_ops) or "no custom ops",
-            todo="Convert the model with --attn-res; a plain residual stream runs as it is.",
+            todo="Convert the model with --attn-res or with routing; a plain residual stream runs as it is.",
         )
     folder = artifact.path(KERNELS)
     entries = write_bundle(specs, capabilities, folder, progress=progress, replacing=lambda: _withdraw(artifact))

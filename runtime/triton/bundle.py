@@ -2,7 +2,8 @@
 
 ``kernels.tsv`` has a header line and one line a cubin, tab-separated: the key of the kernel (``KernelSpec.key``), the
 compute capability as a number, the file, its SHA-256, the symbol, threads of a block, bytes of dynamic shared memory,
-blocks a row, and the number of the kernel's parameters. ``runtime/native/cuda`` reads it.
+blocks a row (of a routing kernel: slots or tokens a block), and the number of the kernel's parameters.
+``runtime/native/cuda`` reads it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from depthwire.errors import BuildError
 from depthwire.runtime.triton.compile import compile_kernel
+from depthwire.runtime.triton.routing_bundle import described_inputs, is_routing, routing_kernels
 from depthwire.runtime.triton.spec import KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from onnx import ModelProto, NodeProto
+
+    from depthwire.runtime.triton.compile import Spec
 
 INDEX: Final = "kernels.tsv"
 HEADER: Final = "depthwire-kernels 1"
@@ -42,8 +46,10 @@ class Entry:
         symbol: Name of the kernel in the cubin.
         threads: Of a block.
         shared: Bytes of dynamic shared memory.
-        programs: Blocks for each row of the sources.
-        parameters: Number of pointers: inputs, outputs, and triton's hidden ones, which are null.
+        programs: Blocks for each row of the sources; of a routing kernel, slots or tokens of a block, 1 where a block
+            has a whole row.
+        parameters: Number of inputs, outputs, T and K where a kernel takes them, and triton's hidden pointers, which
+            are null.
     """
 
     key: str
@@ -57,8 +63,8 @@ class Entry:
     parameters: int
 
 
-def kernels_of(model: Path) -> list[KernelSpec]:
-    """Return the kernel of every depth-attention operator of an ONNX file, each once, in the order of the graph.
+def kernels_of(model: Path) -> list[Spec]:
+    """Return the kernels of all depth-attention and routing operators of an ONNX file, each once, in their order.
 
     Raises:
         BuildError: ``triton.untyped`` if the file does not tell the width or dtype of an operator's operands.
@@ -68,14 +74,15 @@ def kernels_of(model: Path) -> list[KernelSpec]:
 
     loaded = onnx.load(str(model), load_external_data=False)
     types = _types(loaded)
-    nodes = [node for node in loaded.graph.node if node.domain == "depthwire" and node.op_type.startswith("AttnRes")]
-    if any(name and name not in types for node in nodes for name in node.input):
-        types = _types(onnx.shape_inference.infer_shapes(loaded))
-    return list({spec.key: spec for node in nodes for spec in [_spec(node, types)]}.values())
+    nodes = [node for node in loaded.graph.node if node.domain == "depthwire"]
+    nodes = [node for node in nodes if node.op_type.startswith("AttnRes") or is_routing(node.op_type)]
+    if any(name and name not in types for node in nodes for name in _needed(node)):
+        types = _types(onnx.shape_inference.infer_shapes(loaded)) | types
+    return list({spec.key: spec for node in nodes for spec in _specs(node, types)}.values())
 
 
 def write_bundle(
-    specs: Sequence[KernelSpec],
+    specs: Sequence[Spec],
     capabilities: Sequence[str],
     folder: Path,
     *,
@@ -149,7 +156,7 @@ def read_bundle(folder: Path) -> list[Entry]:
     return entries
 
 
-def _write(folder: Path, spec: KernelSpec, capability: str) -> Entry:
+def _write(folder: Path, spec: Spec, capability: str) -> Entry:
     compiled = compile_kernel(spec, capability)
     file = f"{spec.key}-{compiled.capability.lower()}.cubin"
     (folder / file).write_bytes(compiled.cubin)
@@ -177,6 +184,19 @@ def _types(model: ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
     return found
 
 
+def _needed(node: NodeProto) -> Sequence[str]:
+    return described_inputs(node) if is_routing(node.op_type) else node.input
+
+
+def _specs(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> Sequence[Spec]:
+    if not is_routing(node.op_type):
+        return [_spec(node, types)]
+    found = routing_kernels(node, types)
+    if found is None:
+        raise _untyped(node, types)
+    return found
+
+
 def _spec(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> KernelSpec:
     import onnx
 
@@ -188,14 +208,7 @@ def _spec(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> Ker
     source = types.get(node.input[len(node.input) - 1 - merge_0])
     described = query is not None and source is not None and query[1] and query[1][-1] > 0 and query[1][0] > 0
     if not described or query is None or source is None:
-        raise BuildError(
-            "triton.untyped",
-            "The file does not tell what this operator computes on",
-            at=node.name or node.output[0],
-            want="a dtype and shape of its inputs (value_info)",
-            got=", ".join(name for name in node.input if name not in types) or "an unknown width",
-            todo="Convert the model with this version of Depthwire, which writes them.",
-        )
+        raise _untyped(node, types)
     return KernelSpec(
         op_type=node.op_type,
         width=query[1][-1],
@@ -203,6 +216,17 @@ def _spec(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> Ker
         query_dtype=_DTYPES.get(query[0], str(query[0])),  # type: ignore[arg-type]
         queries=query[1][0] if len(query[1]) == 2 else 1,
         **attributes,
+    )
+
+
+def _untyped(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> BuildError:
+    return BuildError(
+        "triton.untyped",
+        "The file does not tell what this operator computes on",
+        at=node.name or node.output[0],
+        want="a dtype and shape of its inputs (value_info)",
+        got=", ".join(name for name in _needed(node) if name not in types) or "an unknown width",
+        todo="Convert the model with this version of Depthwire, which writes them.",
     )
 
 

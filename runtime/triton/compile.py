@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime.target import parse_compute_capability
-from depthwire.runtime.triton.launch import arguments_of, constants_of, kernel_of
+from depthwire.runtime.triton import launch, routing_launch
+from depthwire.runtime.triton.routing_spec import RoutingSpec
 from depthwire.runtime.triton.spec import TRITON_DTYPE
 
 if TYPE_CHECKING:
     from depthwire.runtime.triton.spec import KernelSpec
+
+    Spec = KernelSpec | RoutingSpec
 
 CAPABILITIES: Final = ("SM75", "SM80", "SM86", "SM87", "SM89", "SM90", "SM100", "SM110", "SM120")
 """Compute capabilities that kernels are compiled and examined for."""
@@ -40,21 +43,22 @@ class Compiled:
     """A kernel for one GPU architecture.
 
     Attributes:
-        spec: The operator.
+        spec: The kernel.
         capability: Compute capability, as ``SM87``. Up to SM89 the cubin also runs on later minor versions of the same
             major; from SM90 on it is specific to this one.
         symbol: Name of the kernel in the cubin.
         cubin: The ELF file that ``cuModuleLoadData`` takes.
         ptx: What it was assembled from.
-        parameters: PTX types of the kernel's parameters: the node's inputs, its outputs, and triton's two hidden ones.
+        parameters: PTX types of the kernel's parameters: the node's inputs, its outputs, numbers of tokens and slots
+            where it takes them, and triton's two hidden ones.
         threads: Threads of a block.
-        programs: Blocks a row of the sources.
+        programs: Blocks a row of the sources; of a routing kernel, slots or tokens a block.
         registers: Of a thread.
         shared: Bytes of dynamic shared memory to launch with.
         spills: Bytes of a thread's stack, which only spilled registers use.
     """
 
-    spec: KernelSpec
+    spec: Spec
     capability: str
     symbol: str
     cubin: bytes
@@ -67,11 +71,11 @@ class Compiled:
     spills: int
 
 
-def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
+def compile_kernel(spec: Spec, capability: str) -> Compiled:
     """Compile an operator's kernel.
 
     Args:
-        spec: The operator.
+        spec: The kernel.
         capability: Compute capability in any usual spelling (``SM87``, ``8.7``).
 
     Raises:
@@ -90,13 +94,14 @@ def compile_kernel(spec: KernelSpec, capability: str) -> Compiled:
             break
     entry = _ENTRY.search(ptx)
     parameters = tuple(re.findall(r"\.param (\.\w+)", entry["parameters"])) if entry else ()
-    wanted = (".u64",) * (len(spec.inputs) + len(spec.outputs) + HIDDEN_PARAMETERS)
+    scalars = (".u32",) * len(spec.scalars)
+    wanted = (".u64",) * (len(spec.inputs) + len(spec.outputs)) + scalars + (".u64",) * HIDDEN_PARAMETERS
     if entry is None or parameters != wanted:
         raise BuildError(
             "triton.parameters",
             "The compiled kernel does not take the node's inputs and outputs",
             at=f"{spec.key}, {capability}",
-            want=f"{len(wanted)} pointers",
+            want=" ".join(wanted),
             got=" ".join(parameters) or "no .entry in the PTX",
             todo="Use a triton release that Depthwire was tested with (constraints.txt).",
         )
@@ -157,24 +162,30 @@ def require_triton() -> str:
     return str(triton.__version__)
 
 
-def _triton_compile(spec: KernelSpec, architecture: int, limit: int | None) -> Any:
+def _triton_compile(spec: Spec, architecture: int, limit: int | None) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = kernel_of(spec)
-    pointers: dict[str, Any] = {name: f"*{TRITON_DTYPE[spec.dtype_of(name)]}" for name in (*spec.inputs, *spec.outputs)}
-    arguments = arguments_of(spec, pointers, absent="constexpr")
-    constants = constants_of(spec)
+    types: dict[str, Any] = {name: f"*{TRITON_DTYPE[spec.dtype_of(name)]}" for name in (*spec.inputs, *spec.outputs)}
+    types |= dict.fromkeys(spec.scalars, "i32")
+    if isinstance(spec, RoutingSpec):
+        kernel, constants = routing_launch.kernel_of(spec), routing_launch.constants_of(spec)
+        arguments = routing_launch.arguments_of(spec, types, absent="constexpr")
+    else:
+        kernel, constants = launch.kernel_of(spec), launch.constants_of(spec)
+        arguments = launch.arguments_of(spec, types, absent="constexpr")
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     constants |= {name: None for name, kind in arguments.items() if kind == "constexpr"}  # type: ignore[misc]
+    options: dict[str, Any] = {"num_warps": spec.launch.warps, "num_stages": spec.launch.stages}
+    options |= {"enable_fp_fusion": True, "maxnreg": limit}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # line tables would make up most of the cubin
         try:
             return triton.compile(
                 ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(arguments)),
                 target=GPUTarget("cuda", architecture, 32),
-                options={"num_warps": spec.launch.warps, "enable_fp_fusion": True, "maxnreg": limit},
+                options=options,
             )
         except Exception as error:
             raise BuildError(
@@ -187,7 +198,7 @@ def _triton_compile(spec: KernelSpec, architecture: int, limit: int | None) -> A
             ) from error
 
 
-def _register_limits(spec: KernelSpec) -> tuple[int | None, ...]:
+def _register_limits(spec: Spec) -> tuple[int | None, ...]:
     """Return the limits on a thread's registers to try in turn until nothing is spilled.
 
     Left to itself, the assembler at times spills a few bytes to fit one more block on an SM; told that a thread may use
@@ -203,7 +214,7 @@ def _alignment(arguments: dict[str, Any]) -> dict[tuple[int, ...], list[list[str
     for place, kind in enumerate(arguments.values()):
         if isinstance(kind, tuple):
             found |= {(place, index): aligned for index in range(len(kind))}
-        elif kind != "constexpr":
+        elif kind.startswith("*"):
             found[place,] = aligned
     return found
 

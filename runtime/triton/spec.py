@@ -10,14 +10,19 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from depthwire.errors import UsageError
 
 DType = Literal["float32", "float16", "bfloat16"]
 
 ITEM_BYTES: Final[dict[DType, int]] = {"float32": 4, "float16": 2, "bfloat16": 2}
-TRITON_DTYPE: Final[dict[DType, str]] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+TRITON_DTYPE: Final[dict[str, str]] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    **{f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)},
+}
 LARGEST_COUNT: Final = 256
 LARGEST_WIDTH: Final = 16384
 """A row lives in the registers of one thread block; up to 8192 no kernel spills."""
@@ -38,6 +43,7 @@ class Launch:
         groups: Rows of the kernel's pointer table, a power of two that holds the tiles.
         share: Queries of one program; 1 but in Inter.
         programs: Programs a row.
+        stages: Loads of a loop that are under way at once.
     """
 
     block: int
@@ -46,6 +52,7 @@ class Launch:
     groups: int
     share: int
     programs: int
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class KernelSpec:
         norm_eps: Added to the mean square of the norm behind the read.
         index: Row of the inter-block result that a merge reads.
         queries: S, the queries of an Inter.
+        scalars: Numbers among the parameters: none.
 
     Raises:
         UsageError: ``triton.bad-spec``.
@@ -78,6 +86,7 @@ class KernelSpec:
     norm_eps: float = 0.0
     index: int = 0
     queries: int = 1
+    scalars: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no kernel computes."""

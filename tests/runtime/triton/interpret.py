@@ -79,7 +79,7 @@ class Machine:
         InterpreterBuilder.create_masked_store = counted_store
         InterpreterBuilder.cast_impl = rounded_cast
 
-    def count(self, call: Callable[[], tuple[Tensor, ...]], row_tensors: list[Tensor]) -> dict[str, Any]:
+    def count(self, call: Callable[[], object], row_tensors: list[Tensor]) -> dict[str, Any]:
         """Run a kernel: bytes loaded from some tensors and from elsewhere, bytes stored, and the most loads of one."""
         self.loads, self.stores, self.counting = [], [], True
         call()

@@ -127,7 +127,9 @@ def require_static(exported: ExportedProgram) -> None:
             want="static shapes",
             got=f"symbolic sizes {symbols}",
             todo="Export without dynamic_shapes, and replace operations whose output size depends on values "
-            "(nonzero, boolean masks, unique) by torch.where or a static top-k.",
+            "(nonzero, boolean masks, unique) by torch.where or a static top-k. To compute some of the tokens: "
+            "index = scores.topk(k, dim=1).indices.sort(dim=1).values.unsqueeze(-1).expand(-1, -1, width); "
+            "out = x.scatter(1, index, block(x.gather(1, index))).",
         )
     arguments = [(spec.arg, "input") for spec in exported.graph_signature.input_specs if _is_user(spec.kind)]
     arguments += [(spec.arg, "output") for spec in exported.graph_signature.output_specs if _is_user(spec.kind)]

@@ -299,6 +299,8 @@ class _Lowering:
 
     def _gather(self, move: Move, index: Node, place: Node) -> Node:
         source = self.edit.copy_of(move.source)
+        if move.table and value(source).dim() == 2 and value(source).dtype.is_floating_point:
+            return self.edit.call(aten.embedding.default, (source, index), before=place, like=place)  # one plain Gather
         if move.table:
             return self.edit.call(aten.index.Tensor, (source, [index]), before=place, like=place)
         batch = value(index).shape[0]

@@ -39,15 +39,18 @@ OrtStatus* read_entry(const OrtApi& api, const OrtSessionOptions* options, const
   return nullptr;
 }
 
-// The providers that a session gets kernels for: the CPU's always, the CUDA provider's where there are cubins.
-OrtStatus* choose_backends(const OrtApi& api, const OrtSessionOptions* options, std::vector<const Backend*>& backends) {
+// The providers that a session gets kernels for: the CPU's always, the CUDA provider's where there are cubins. Where it
+// has none for routing, the CPU's would make each node copy its tensors to the host and back: then neither has.
+OrtStatus* choose_backends(const OrtApi& api, const OrtSessionOptions* options, std::vector<const Backend*>& backends,
+                           bool& routed) {
   backends = {&cpu_backend()};
+  routed = true;
 #ifdef DEPTHWIRE_CUDA
   bool present = false;
   std::string folder;
   DEPTHWIRE_TRY(read_entry(api, options, kKernelsEntry, present, folder));
   if (!present) return nullptr;
-  DEPTHWIRE_TRY(add_kernels(api, folder));
+  DEPTHWIRE_TRY(add_kernels(api, folder, routed));
   backends.push_back(&cuda_backend());
 #else
   static_cast<void>(api), static_cast<void>(options);
@@ -101,12 +104,13 @@ OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions* options) {
   std::string entry;
   DEPTHWIRE_TRY(read_entry(api, options, kOpsEntry, present, entry));
   std::vector<const Backend*> backends;
-  DEPTHWIRE_TRY(choose_backends(api, options, backends));
+  bool routed = false;
+  DEPTHWIRE_TRY(choose_backends(api, options, backends, routed));
   // Sessions use a domain for as long as they live; the same operators share one, which is never released.
   static std::mutex guard;
   static auto& domains = *new std::map<std::string, OrtCustomOpDomain*>();
   const std::lock_guard lock(guard);
-  const std::string key = (present ? entry : "*") + "/" + std::to_string(backends.size());
+  const std::string key = (present ? entry : "*") + "/" + std::to_string(backends.size()) + "/" + std::to_string(routed);
   if (const auto known = domains.find(key); known != domains.end())
     return api.AddCustomOpDomain(options, known->second);
   Specs specs;
@@ -117,8 +121,6 @@ OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions* options) {
   }
   OrtCustomOpDomain* domain = nullptr;
   DEPTHWIRE_TRY(api.CreateCustomOpDomain(kDomain, &domain));
-  // Where a provider lacks routing kernels, the CPU's would make each node copy its tensors to the host and back.
-  const bool routed = std::all_of(backends.begin(), backends.end(), [](const auto* each) { return each->route; });
   for (const Backend* backend : backends) {
     for (const OpSpec& spec : specs.reads) DEPTHWIRE_TRY(api.CustomOpDomain_Add(domain, custom_op(spec, *backend)));
     if (!routed) continue;

@@ -6,7 +6,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <unordered_map>
 #include <vector>
 
@@ -20,7 +19,7 @@ constexpr std::size_t kColumns = 9;
 
 struct Table {
   std::mutex guard;
-  std::set<std::string> folders;
+  std::map<std::string, bool> folders;  // whether they have routing kernels
   std::unordered_map<std::string, std::vector<std::unique_ptr<Cubin>>> cubins;  // by key
 };
 
@@ -83,9 +82,20 @@ bool add_bundle(const std::string& folder, std::string& reason) {
     }
     found.emplace_back(std::move(key), std::move(cubin));
   }
-  for (auto& [key, cubin] : found) known.cubins[key].push_back(std::move(cubin));
-  known.folders.insert(folder);
+  bool routing = false;
+  for (auto& [key, cubin] : found) {
+    routing = routing || !key.starts_with("AttnRes");
+    known.cubins[key].push_back(std::move(cubin));
+  }
+  known.folders.emplace(folder, routing);
   return true;
+}
+
+bool bundle_routes(const std::string& folder) {
+  Table& known = table();
+  const std::lock_guard lock(known.guard);
+  const auto entry = known.folders.find(folder);
+  return entry != known.folders.end() && entry->second;
 }
 
 constexpr int kOrin = 87;

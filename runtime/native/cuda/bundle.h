@@ -13,7 +13,8 @@ namespace depthwire {
 struct Cubin {
   std::string path, symbol;
   int capability;  // 87 for 8.7
-  unsigned threads, shared, programs;
+  unsigned threads, shared;
+  unsigned programs;  // blocks a row; of routing kernels, slots or tokens a block
   std::size_t parameters;
   CUkernel kernel = nullptr;  // once it was loaded
 };
@@ -21,6 +22,9 @@ struct Cubin {
 // Reads the index of a folder, once; false, with the reason, if it cannot be used. Kernels of all folders are known by
 // their key alone, which holds every constant of the function that they compute: any folder's cubin is the right one.
 bool add_bundle(const std::string& folder, std::string& reason);
+
+// Whether a folder that was added has kernels of the routing operators.
+bool bundle_routes(const std::string& folder);
 
 // The cubin of a kernel for a device of capability `major`.`minor`; null, with the reason, if none of them fits.
 // Until 8.9 a cubin also runs on later minor versions of its major; from 9.0 on they are made for one alone.

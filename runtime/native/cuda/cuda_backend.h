@@ -14,8 +14,12 @@ constexpr const char* kKernelsEntry = "depthwire.kernels";
 
 const Backend& cuda_backend();
 
-// Makes a folder's kernels known.
-OrtStatus* add_kernels(const OrtApi& api, const std::string& folder);
+// Makes a folder's kernels known, and says whether the routing operators' are among them.
+OrtStatus* add_kernels(const OrtApi& api, const std::string& folder, bool& routing);
+
+// The routing operators (routing_cuda.cpp).
+OrtStatus* route_on_cuda(const OrtApi& api, const RoutingSpec& spec, const RoutingAttributes& attributes,
+                         OrtKernelContext* context);
 
 // The name of the kernel of a call; KernelSpec.key in depthwire/runtime/triton/spec.py makes the same.
 std::string kernel_key(const OpSpec& spec, const Attributes& attributes, const Operands& operands);

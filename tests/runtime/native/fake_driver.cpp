@@ -3,6 +3,8 @@
 // It stands where libcuda.so.1 would, so that the code that launches cubins runs as it is. PROBE_CC is the device's
 // compute capability, PROBE_LOG the file that a launch appends one line to, PROBE_PARAMETERS how many parameters it
 // reads, PROBE_OUTPUTS how many of these before the two hidden ones are outputs; output k gets 42 + k as its first value.
+// PROBE_NUMBERS, if it is set, says how many numbers lie between the outputs and the hidden ones; pointers are then
+// written down by the bits of what they point to.
 #include <cuda.h>
 
 #include <cstdio>
@@ -34,15 +36,25 @@ FAKE CUresult cuLaunchKernel(CUfunction kernel, unsigned x, unsigned y, unsigned
                              unsigned shared, CUstream, void** parameters, void**) {
   std::FILE* log = std::fopen(std::getenv("PROBE_LOG"), "a");
   const int count = std::atoi(std::getenv("PROBE_PARAMETERS")), outputs = std::atoi(std::getenv("PROBE_OUTPUTS"));
+  const char* set = std::getenv("PROBE_NUMBERS");
+  const int numbers = set == nullptr ? 0 : std::atoi(set);
   std::fprintf(log, "%s %u %u %u %u %u", reinterpret_cast<const char*>(kernel), x, y, z, threads, shared);
   for (int i = 0; i < count; ++i) {
+    if (i >= count - 2 - numbers && i < count - 2) {
+      std::fprintf(log, " #%d", *static_cast<const int*>(parameters[i]));
+      continue;
+    }
     float* pointer = *static_cast<float**>(parameters[i]);
-    const int output = i - (count - 2 - outputs);
+    const int output = i - (count - 2 - numbers - outputs);
     if (pointer == nullptr) {
       std::fprintf(log, " null");
     } else if (output >= 0) {
       *pointer = 42.0F + static_cast<float>(output);
       std::fprintf(log, " out%d", output);
+    } else if (set != nullptr) {
+      unsigned bits = 0;
+      std::memcpy(&bits, pointer, sizeof(bits));
+      std::fprintf(log, " %08x", bits);
     } else {
       std::fprintf(log, " %g", *pointer);
     }

@@ -142,9 +142,8 @@ class TokenRegion:
         for targets, method in self._methods().items():
             if is_call(node, *targets):
                 return method(node)
-        if getattr(node.target, "namespace", "") == "depthwire":
-            return self._own(node)
-        return self._along(node) or self._pointwise(node)
+        own = {"depthwire": self._own, "onnx": self._rotary}.get(getattr(node.target, "namespace", ""))
+        return (own(node) if own else self._along(node)) or self._pointwise(node)
 
     def _methods(self) -> dict[tuple[Any, ...], Callable[[torch.fx.Node], Rows]]:
         return {
@@ -205,6 +204,16 @@ class TokenRegion:
         axis = found[0] + after.dim() - before.dim() - stacks
         along = int(argument(node, 1, "dim", 0)) % after.dim() if stacks else after.dim()
         return axis + (axis >= along), found[1]
+
+    def _rotary(self, node: torch.fx.Node) -> Rows:
+        """Repeat a rotary embedding with the rows of its tables ``[B, T, pairs]`` that belong to the tokens."""
+        operands: Any = node.args
+        source, *tables = operands
+        rows = self._rows_of(source)
+        if rows.axes != {value(source).dim() - 2: 1} or len(tables) != 2 or "Rotary" not in str(node.target):
+            raise TokenAxisError("is not a rotary embedding of the tokens by tables of all positions")
+        args = (rows.node, *(self.gather(table) for table in tables))
+        return Rows(self._call(node.target, args, node, node.kwargs), dict(rows.axes))
 
     def _reshape(self, node: torch.fx.Node) -> Rows:
         source: Any = node.args[0]

@@ -72,7 +72,8 @@ def standard_pipeline(
     if collapse:
         passes.append(RemoveZeroQueries())
     if route is not None:
-        passes.append(RouteTokens(route))
+        # Rotary tables that are gathered for the selected tokens are no constants any more, which the fusion needs.
+        passes += [FuseRotary(), RouteTokens(route)] if schedule is not None else [RouteTokens(route)]
     if schedule is not None:
         passes += [ScheduleTwoPhase(schedule), FuseReadNorm(), FuseReadAdd(), FuseAttention(), FuseRotary()]
     passes += [LegalizeExperts(), LegalizeWrites()]

@@ -38,7 +38,7 @@ def routing_traffic(spec: RoutingSpec, tokens: int, slots: int, *, taken: int | 
         case "rank":
             averaged = 4 * sum(min(token + 1, spec.window) for token in range(tokens))
             return _once(8 * tokens, averaged, 4 * tokens)
-    return _attention(spec, tokens, slots)
+    return _attention(spec, slots if spec.kind == "slot_attention" else tokens, slots)
 
 
 def _once(sources: int, parameters: int, stores: int, least: int | None = None) -> Traffic:

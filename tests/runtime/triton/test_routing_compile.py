@@ -50,6 +50,7 @@ def test_kernels_of_every_kind_spill_nowhere(capability: str) -> None:
     ("spec", "capability"),
     [
         (RoutingSpec("select", block=4096, window=4096), "SM87"),
+        (RoutingSpec("select", block=8192), "SM120"),
         (RoutingSpec("budget"), "SM87"),
         (RoutingSpec("budget"), "SM120"),
         (RoutingSpec("gather", row_bytes=1), "SM110"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -42,6 +43,7 @@ def test_a_failed_stage_is_marked_and_the_error_goes_on() -> None:
 
 _PEAKS = """
 import json, time
+import numpy as np
 from depthwire.stages import Stages
 
 def touch(mebibytes):

@@ -7,9 +7,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from depthwire.errors import CaptureError, UsageError
+from depthwire.errors import UsageError
+from depthwire.models._config_json import read_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,23 +133,7 @@ class AttnResConfig:
         Raises:
             CaptureError: ``checkpoint.config``: a field is unknown, missing, of another type or out of range.
         """
-        given = {name: value for name, value in fields.items() if name != "model_type"}
-        try:
-            # Through JSON, since strict validation of Python values would want dataclasses in place of mappings.
-            return TypeAdapter(cls).validate_json(json.dumps(given, default=str))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            got = f"{'.'.join(map(str, first['loc'])) or 'the object'}: {first['msg']}"
-        except UsageError as error:
-            got = f"{error.at}: {error.got}, wanted {error.want}"
-        raise CaptureError(
-            "checkpoint.config",
-            "the configuration does not describe an AttnRes decoder",
-            at=at,
-            want="the fields of depthwire.models.attn_res_config.AttnResConfig",
-            got=got,
-            todo="Correct the field; docs/models.md lists them.",
-        )
+        return read_config(cls, fields, what="an AttnRes decoder", at=at)
 
 
 def _at_least(where: str, config: object, lowest: Mapping[str, int]) -> None:

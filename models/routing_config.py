@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from depthwire.errors import CaptureError, UsageError
+from depthwire.errors import UsageError
+from depthwire.models._config_json import read_config
 from depthwire.models.attn_res_config import AttnResConfig  # noqa: TC001 - pydantic resolves it at run time
 
 if TYPE_CHECKING:
@@ -156,22 +157,7 @@ class RoutedConfig:
         Raises:
             CaptureError: ``checkpoint.config``: a field is unknown, missing, of another type or out of range.
         """
-        given = {name: value for name, value in fields.items() if name != "model_type"}
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(given, default=str))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            got = f"{'.'.join(map(str, first['loc'])) or 'the object'}: {first['msg']}"
-        except UsageError as error:
-            got = f"{error.at}: {error.got}, wanted {error.want}"
-        raise CaptureError(
-            "checkpoint.config",
-            "the configuration does not describe a routed decoder",
-            at=at,
-            want="the fields of depthwire.models.routing_config.RoutedConfig",
-            got=got,
-            todo="Correct the field; docs/models.md lists them.",
-        )
+        return read_config(cls, fields, what="a routed decoder", at=at)
 
 
 def exact_capacity(capacity: float) -> Fraction:

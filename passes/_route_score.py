@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from depthwire.errors import PassError
-from depthwire.ops import surprise_score  # noqa: F401 - registers the operator
 from depthwire.passes._base import where
 from depthwire.passes._match import aten, value
+from depthwire.passes.analysis.routing_ops import SURPRISE
 from depthwire.route_parts import PRIOR_EPS
 
 if TYPE_CHECKING:
     from depthwire.passes._edit import GraphEditor
     from depthwire.passes.analysis.routed_units import Unit
     from depthwire.route_parts import RouteParts
-
-SURPRISE = torch.ops.depthwire.surprise_score.default
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from depthwire.ops import surprise_score  # noqa: F401 - registers the operator
 from depthwire.passes._match import aten, is_call, strip, value
+from depthwire.passes.analysis.routing_ops import SURPRISE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from depthwire.passes.analysis.surprise import Poly, Square, Surprise
 
 Node = torch.fx.Node
-SURPRISE = torch.ops.depthwire.surprise_score.default
 
 
 @dataclass

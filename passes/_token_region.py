@@ -21,6 +21,7 @@ from depthwire.errors import PassError
 from depthwire.passes._base import where
 from depthwire.passes._match import CASTS, argument, aten, constants_of, is_call, value
 from depthwire.passes._token_tables import FRONT, Selection, TokenTables
+from depthwire.passes.analysis.reach import descendants
 from depthwire.passes.analysis.token_axes import (
     RESHAPES,
     SOFTMAX,
@@ -369,18 +370,6 @@ class TokenRegion:
         operands = [rows.node for rows in routed]
         dropout = argument(node, 4, "dropout_p", 0.0)
         return Rows(self._call(_SDPA, (*operands, mask, dropout, causal), node, kwargs), {rank - 2: 1})
-
-
-def descendants(nodes: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
-    """Return the nodes themselves and all that depend on them."""
-    found: set[torch.fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.users)
-    return found
 
 
 def _is_pointwise(node: torch.fx.Node) -> bool:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from depthwire.ops import gather_tokens  # noqa: F401 - registers the operator
 from depthwire.passes._match import aten, value
+from depthwire.passes.analysis.routing_ops import GATHER
 from depthwire.passes.analysis.token_axes import TokenAxisError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from depthwire.passes._edit import GraphEditor
     from depthwire.passes.analysis.token_axes import Place
 
-GATHER = torch.ops.depthwire.gather_tokens.default
 FRONT: Place = (0, 1)
 
 

@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from depthwire.ops import gather_tokens, select_tokens  # noqa: F401 - registers the operators
 from depthwire.passes._base import Decline, Pass, PassResult, where
 from depthwire.passes._edit import GraphEditor
 from depthwire.passes._match import CASTS, aten, is_call, value
 from depthwire.passes._surprise_rank import SurpriseRanks, gate_of, rank_threshold
+from depthwire.passes.analysis.routing_ops import GATHER, SCATTER, SELECT, SELECT_BUDGET
 from depthwire.passes.analysis.slot_flow import SlotFlow
 from depthwire.passes.analysis.surprise import Surprise, SurpriseFinder
 from depthwire.passes.analysis.token_moves import Move, Way, Written, moves_of, written
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from depthwire.program import Program
 
 Node = torch.fx.Node
-_OPS = torch.ops.depthwire
-SELECT, SELECT_BUDGET = _OPS.select_tokens.default, _OPS.select_tokens_budget.default
-GATHER, SCATTER = _OPS.gather_tokens.default, _OPS.scatter_tokens.default
 
 _VIEWS = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten.to.dtype)
 

@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from depthwire.errors import PassError, UsageError
-from depthwire.ops import select_tokens  # noqa: F401 - registers the operators
 from depthwire.passes._base import Pass, PassResult, where
 from depthwire.passes._edit import GraphEditor
 from depthwire.passes._match import aten, is_call, value
 from depthwire.passes._route_score import RouteScore
 from depthwire.passes._token_region import TokenRegion
-from depthwire.passes._token_tables import GATHER, Selection
+from depthwire.passes._token_tables import Selection
 from depthwire.passes.analysis.routed_units import Unit, find_units
+from depthwire.passes.analysis.routing_ops import GATHER, SCATTER, SELECT, SELECT_BUDGET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from depthwire.route import RouteSpec
     from depthwire.route_parts import RouteParts
 
-SELECT = torch.ops.depthwire.select_tokens.default
-SELECT_BUDGET = torch.ops.depthwire.select_tokens_budget.default
-SCATTER = torch.ops.depthwire.scatter_tokens.default
 
 THRESHOLDS = "route.thresholds"
 BUDGETS = "route.budgets"

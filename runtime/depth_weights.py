@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from depthwire.errors import BuildError, UsageError
+from depthwire.errors import UsageError
 from depthwire.ops import read_weights
 from depthwire.runtime._fx import module_of, operator_name
+from depthwire.runtime._plot import require_figure
 from depthwire.runtime.torch_exported import placeholder_values
 
 if TYPE_CHECKING:
@@ -215,19 +216,10 @@ def save_heat_map(weights: DepthWeights, file: Path) -> None:
     Raises:
         BuildError: ``runtime.no-matplotlib``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BuildError(
-            "runtime.no-matplotlib",
-            "matplotlib, which draws the heat map, is not installed",
-            at=str(file),
-            want="matplotlib",
-            got=str(error),
-            todo="pip install 'depthwire[plot]', or leave -o out: the weights are shown and in --json all the same.",
-        ) from error
+    otherwise = ", or leave -o out: the weights are shown and in --json all the same."
+    figure_type = require_figure(file, "the heat map", otherwise)
     rows = [[float("nan") if weight is None else weight for weight in row] for row in weights.matrix()]
-    figure = Figure(figsize=(2.5 + 0.35 * max(len(rows[0]), 8), 1.4 + 0.22 * len(rows)), layout="constrained")
+    figure = figure_type(figsize=(2.5 + 0.35 * max(len(rows[0]), 8), 1.4 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(rows, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(rows)), [read.module or read.name for read in weights.reads], fontsize=7)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from depthwire.errors import BuildError, UsageError
+from depthwire.errors import UsageError
 from depthwire.runtime._fx import is_selection, module_of
+from depthwire.runtime._plot import require_figure
 from depthwire.runtime.torch_exported import placeholder_values
 
 if TYPE_CHECKING:
@@ -163,20 +164,12 @@ def save_routing_picture(found: RoutingMap, file: Path, *, sequence: int = 0) ->
     Raises:
         BuildError: ``runtime.no-matplotlib``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BuildError(
-            "runtime.no-matplotlib",
-            "matplotlib, which draws the routing map, is not installed",
-            at=str(file),
-            want="matplotlib",
-            got=str(error),
-            todo="pip install 'depthwire[plot]'; routing_map.html and the table need none.",
-        ) from error
+    figure_type = require_figure(file, "the routing map", "; routing_map.html and the table need none.")
     rows = [[float(bit) for bit in each.computed[sequence]] for each in found.selections]
     tokens = found.tokens[sequence]
-    figure = Figure(figsize=(3 + 0.14 * min(len(tokens), _MOST_NAMED), 1.8 + 0.24 * len(rows)), layout="constrained")
+    figure = figure_type(
+        figsize=(3 + 0.14 * min(len(tokens), _MOST_NAMED), 1.8 + 0.24 * len(rows)), layout="constrained"
+    )
     axes = figure.subplots()
     axes.imshow(rows, cmap="Greys", vmin=0.0, vmax=1.3, aspect="auto", interpolation="nearest")
     labels = [f"{each.module}  {100 * each.share:.0f} %" for each in found.selections]

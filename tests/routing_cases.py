@@ -9,11 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from depthwire.ops import surprise_score
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FLT_MAX = torch.finfo(torch.float32).max
 FLT_MIN = torch.finfo(torch.float32).tiny
@@ -381,3 +385,11 @@ SURPRISE_CASES = [
     SurpriseCase(130, 64, criteria=_SHARP, first=32.0, padding="left"),
     *(SurpriseCase(64, 576, magnitude=m) for m in (1e-6, 1e4)),
 ]
+
+
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Assert that results are equal bit for bit, dtypes included."""
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

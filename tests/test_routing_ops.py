@@ -32,6 +32,7 @@ from tests.routing_cases import (
     SelectCase,
     SelectOperands,
     SurpriseCase,
+    assert_same,
     canonical,
     expected_budget,
     expected_moves,
@@ -47,13 +48,6 @@ from tests.routing_cases import (
 def budget(t: SelectOperands) -> tuple[Tensor, Tensor, Tensor]:
     out: tuple[Tensor, Tensor, Tensor] = select_tokens_budget(t.score, t.valid, t.threshold, t.budget, t.state, t.slots)
     return out
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("case", [*SELECT_CASES, *WINDOW_CASES], ids=str)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from depthwire.errors import PassError
 from depthwire.passes._base import module_path, where
 from depthwire.passes._match import aten, is_call, value
-from depthwire.passes._token_region import descendants
 from depthwire.passes.analysis.norm import find_norms
+from depthwire.passes.analysis.reach import ancestors, descendants
 from depthwire.passes.analysis.reads import READ
 from depthwire.passes.analysis.residual_stream import ResidualStream, Sublayer, find_residual_stream, split_readers
 from depthwire.passes.analysis.sublayer import Branches, kind_of
@@ -156,7 +156,7 @@ def _common_path(paths: Sequence[str]) -> str:
 
 def _anchor(heads: Sequence[torch.fx.Node], results: Sequence[torch.fx.Node], module: str) -> torch.fx.Node:
     """Return the least deep node of a unit that lies in its module; a sum may lie outside of every module."""
-    between = descendants(heads) & _ancestors(results)
+    between = descendants(heads) & ancestors(results)
     named = [node for node in between if module_path(node).startswith(module) and module_path(node)]
     return min(named, key=lambda node: (len(module_path(node)), node.name), default=results[0])
 
@@ -230,10 +230,12 @@ def _result(head: torch.fx.Node, sources: Sequence[torch.fx.Node], fresh: Sequen
 def _check_interior(unit: Unit) -> None:
     """A value between gather and scatter that something else reads would still be computed for every token."""
     below = descendants(unit.heads) - set(unit.heads)
-    above = _ancestors(unit.results) & below
+    above = ancestors(unit.results) & below
+    # In AttnRes a block's sums and reads are made of results; they go on being dense.
+    later = set() if unit.residual else descendants(unit.results)
     for node in above - set(unit.results):
         for user in node.users:
-            if user not in above and not _is_later_read(user, unit):
+            if user not in above and user not in later:
                 raise PassError(
                     "route.interior-read",
                     "A value inside a routed unit is read from outside",
@@ -242,22 +244,6 @@ def _check_interior(unit: Unit) -> None:
                     got=f"{node.name} is read by {user.name}",
                     todo="Route another unit or layer, or capture the model without this output (such as a cache).",
                 )
-
-
-def _is_later_read(user: torch.fx.Node, unit: Unit) -> bool:
-    """In AttnRes a block's sums and reads are made of results; they go on being dense."""
-    return not unit.residual and user in descendants(unit.results)
-
-
-def _ancestors(nodes: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
-    found: set[torch.fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _structure(node: torch.fx.Node, want: str, got: str) -> PassError:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from depthwire.passes._match import CASTS, aten, independent_of_inputs, is_call, is_float, scalar, strip, value
+from depthwire.passes.analysis.reach import ancestors
 from depthwire.passes.analysis.token_choice import path_from
-from depthwire.passes.analysis.token_routing import ancestors
 
 if TYPE_CHECKING:
     from depthwire.passes.analysis.token_routing import Finder, Routing
@@ -247,7 +247,7 @@ class SurpriseFinder:
                 region.add(step)
                 stack += step.all_input_nodes
         mask = self.routing.mask
-        if masks and (mask is None or not all(mask in ancestors(m) for m in masks)):
+        if masks and (mask is None or not all(mask in ancestors([m]) for m in masks)):
             return None
         if len(squares) != 1 or any(value(source).numel() != value(node).numel() for source in squares):
             return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from depthwire.passes._match import aten, is_call, is_float, value
+from depthwire.passes.analysis.reach import ancestors
 from depthwire.passes.analysis.token_choice import Core, Given, Put, core_of, find_puts, padding_roots, path_from
 from depthwire.passes.analysis.token_rules import (
     Budget,
@@ -129,7 +130,7 @@ class Finder:
         if [size for size in shape if size != 1] != [size for size in (batch, tokens) if size != 1]:
             return Refused(put.node, "several-choices", core.score) if len(shape) > 2 and tokens in shape else None
         slots = int(value(put.index).shape[2 if put.matrix else 1])
-        if put.matrix and slots == tokens and core.nodes.isdisjoint(ancestors(put.rows)):
+        if put.matrix and slots == tokens and core.nodes.isdisjoint(ancestors([put.rows])):
             return None  # it takes rows out: with as many slots as tokens the shapes do not tell
         return self._ruled(put, core, (batch, tokens)) if put.matrix or self.in_rows(put.node, batch) else None
 
@@ -267,16 +268,6 @@ class Finder:
             if routing.roles.get(put.index) not in allowed:
                 return Refused(put.node, "unsorted", put.index)
         return None
-
-
-def ancestors(node: Node) -> set[Node]:
-    """Return a node and everything that it is made of."""
-    found, stack = {node}, [node]
-    while stack:
-        new = [operand for operand in stack.pop().all_input_nodes if operand not in found]
-        found.update(new)
-        stack += new
-    return found
 
 
 def _moves_states(node: Node) -> bool:

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthwire.export.capture import capture
 from depthwire.export.to_onnx import to_onnx
 from depthwire.passes._pipeline import Pipeline
-from depthwire.passes.route_tokens import SELECT, SELECT_BUDGET, RouteTokens
+from depthwire.passes.analysis.routing_ops import SELECT, SELECT_BUDGET
+from depthwire.passes.route_tokens import RouteTokens
 from depthwire.passes.standard import canonical_pipeline, standard_pipeline
 from depthwire.route import KeysValues, RouteSpec
 from depthwire.route_parts import RouteParts, draw_parts

@@ -41,6 +41,7 @@ from tests.routing_cases import (
     SelectCase,
     SelectOperands,
     SurpriseCase,
+    assert_same,
     expected_budget,
     expected_moves,
     expected_surprise,
@@ -51,7 +52,7 @@ from tests.routing_cases import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -68,13 +69,6 @@ def run(model: onnx.ModelProto | onnxruntime.InferenceSession, operands: Any) ->
     arrays = feeds(operands)
     wanted = {value.name: arrays[value.name] for value in ready.get_inputs()}
     return [torch.from_numpy(array) for array in ready.run(None, wanted)]
-
-
-def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("case", [*SELECT_CASES, *WINDOW_CASES], ids=str)

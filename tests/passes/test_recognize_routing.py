@@ -12,8 +12,9 @@ from depthwire.export.capture import capture
 from depthwire.models._token_movement import select_top, select_within_budget
 from depthwire.models.routing_config import exact_capacity
 from depthwire.passes._pipeline import Pipeline
+from depthwire.passes.analysis.routing_ops import GATHER, SCATTER, SELECT, SELECT_BUDGET, SURPRISE
 from depthwire.passes.analysis.token_rules import budget_of
-from depthwire.passes.recognize_routing import GATHER, REASONS, SCATTER, SELECT, SELECT_BUDGET, RecognizeRouting
+from depthwire.passes.recognize_routing import REASONS, RecognizeRouting
 from depthwire.passes.standard import canonical_pipeline, standard_pipeline
 from tests.models.routed import ids, make, padding
 from tests.passes.native_routing.blocks import DECLINED, NO_ROUTING, RECOGNISED, SLOTS, WIDTH, Block
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from depthwire.program import Program
 
 STEP = RecognizeRouting()
-SURPRISE = torch.ops.depthwire.surprise_score.default
 READ = torch.ops.depthwire.attn_res_read.default
 # What a selection, or the movement of its tokens, is spelled with.
 SPELLED = ("topk", "sort", "argsort", "cumsum", "cummin", "index_put", "scatter", "masked_fill", "argmax")

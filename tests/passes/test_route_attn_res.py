@@ -14,10 +14,10 @@ from torch import Tensor
 from depthwire.models._layers import rotary_tables
 from depthwire.models.attn_res import AttnResConfig, AttnResDecoder, depth_read
 from depthwire.passes._pipeline import Pipeline
+from depthwire.passes.analysis.routing_ops import SCATTER
 from depthwire.passes.partition import Partition
 from depthwire.passes.recognize_attn_res import RecognizeAttnRes
 from depthwire.passes.remove_trivial_reads import RemoveTrivialReads
-from depthwire.passes.route_tokens import SCATTER
 from depthwire.route import RouteSpec
 from depthwire.route_parts import RouteParts, draw_parts
 from tests.passes.lifted import lifted, plain_reads

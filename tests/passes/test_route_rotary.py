@@ -10,7 +10,7 @@ import torch
 import torch.onnx.ops
 
 from depthwire.passes._pipeline import Pipeline
-from depthwire.passes._token_tables import GATHER
+from depthwire.passes.analysis.routing_ops import GATHER
 from depthwire.passes.fuse_rotary import FuseRotary
 from depthwire.passes.route_tokens import RouteTokens
 from depthwire.passes.standard import standard_pipeline

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from depthwire.passes._token_tables import GATHER
-from depthwire.passes.route_tokens import SCATTER, SELECT, SELECT_BUDGET, RouteTokens
+from depthwire.passes.analysis.routing_ops import GATHER, SCATTER, SELECT, SELECT_BUDGET
+from depthwire.passes.route_tokens import RouteTokens
 from depthwire.route import RouteSpec
 from tests.passes.parity import FP64, error, named, run, sabotaged
 from tests.routable import FORMS, Reference, build, canonical, examples, parts_of, routed

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from depthwire.errors import PassError
-from depthwire.passes.route_tokens import SELECT, SELECT_BUDGET
+from depthwire.passes.analysis.routing_ops import SELECT, SELECT_BUDGET
 from depthwire.route import RouteSpec
 from tests.passes.parity import FP64, check_golden, error, node_values, run, runner
 from tests.routable import FORMS, Form, Model, Reference, build, canonical, examples, parts_of, routed

@@ -11,7 +11,8 @@ from depthwire.export.capture import capture
 from depthwire.models.routing_config import RoutingConfig
 from depthwire.models.surprise import SurpriseGate
 from depthwire.passes._pipeline import Pipeline
-from depthwire.passes.recognize_routing import SCATTER, SELECT, SELECT_BUDGET, RecognizeRouting
+from depthwire.passes.analysis.routing_ops import SCATTER, SELECT, SELECT_BUDGET, SURPRISE
+from depthwire.passes.recognize_routing import RecognizeRouting
 from depthwire.passes.standard import canonical_pipeline
 from tests.passes.parity import FP64, error, named, run, sabotaged
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from depthwire.program import Program
 
 STEP = RecognizeRouting()
-SURPRISE = torch.ops.depthwire.surprise_score.default
 TOKENS, WIDTH, SLOTS = 14, 8, 6
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,9 +13,11 @@ from depthwire.passes.lift_attn_res import LiftAttnRes
 from depthwire.passes.partition import Partition
 from depthwire.passes.queries import QUERY_PREFIX
 from depthwire.passes.standard import canonical_pipeline
+from tests.passes.parity import named, sabotaged
 from tests.zoo import Spec, build, inputs, program_of
 
 if TYPE_CHECKING:
+    from depthwire.passes._edit import GraphEditor
     from depthwire.program import Program
 
 
@@ -49,3 +51,19 @@ def forms(program: Program) -> list[str]:
     """Return the operators of all reads, in graph order, without namespace."""
     nodes = (node for node, _ in find_reads(program.exported.graph))
     return [str(node.target).removeprefix("depthwire.").removesuffix(".default") for node in nodes]
+
+
+def with_odd_read(program: Program, oddity: Literal["query", "value-norm", "last-bias"]) -> Program:
+    """Make the second read of a program odd: a computed query, normalised values, or a bias on its last source."""
+
+    def change(edit: GraphEditor) -> None:
+        read = named(edit, READ)[1]
+        if oddity == "query":
+            doubled = edit.call(torch.ops.aten.mul.Tensor, (read.args[0], 2.0), before=read, like=read)
+            edit.set_arg(read, 0, doubled)
+            return
+        read.args = (*read.args, *(False, 0.0)[len(read.args) - 4 :])
+        changes: dict[str, tuple[int, Any]] = {"value-norm": (4, True), "last-bias": (5, 1.5)}
+        edit.set_arg(read, *changes[oddity])
+
+    return sabotaged(program, change)

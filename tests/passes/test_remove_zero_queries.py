@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from depthwire.passes._match import is_call
 from depthwire.passes.queries import QUERY_PREFIX
 from depthwire.passes.remove_zero_queries import RemoveZeroQueries
 from depthwire.passes.standard import canonical_pipeline
-from tests.passes.lifted import lifted, plain_reads
+from tests.passes.lifted import lifted, plain_reads, with_odd_read
 from tests.passes.parity import apply, assert_parity, check_golden, named, sabotaged
 from tests.zoo import Spec, build, inputs, program_of
 
@@ -58,3 +60,12 @@ def test_a_missing_correction_is_noticed() -> None:
     wrong = sabotaged(after, lambda edit: edit.set_arg(named(edit, aten.rms_norm.default)[2], 3, 0.1 / 9))
     with pytest.raises(AssertionError, match=">"):
         assert_parity(program, wrong)
+
+
+@pytest.mark.parametrize(("oddity", "code"), [("query", "query"), ("value-norm", "option"), ("last-bias", "option")])
+def test_reads_that_are_no_mean_stay(oddity: Literal["query", "value-norm", "last-bias"], code: str) -> None:
+    program = with_odd_read(lifted(Spec(layers=2), zero=True), oddity)
+    result = apply(RemoveZeroQueries(), program)
+    assert [decline.code for decline in result.declines] == [f"remove-zero-queries.{code}"]
+    assert len(plain_reads(result.program)) == 1
+    assert_parity(program, result.program)

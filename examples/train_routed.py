@@ -355,7 +355,8 @@ def main(
             given = {"capacity": capacity, "gate": gate, **PUBLISHED[kind]}
             routing = RoutingConfig(**(given if beta is None else {**given, "beta": beta}))
             model = build(RoutedConfig(cast("Kind", kind), decoder, routing))
-            model.load_state_dict(start, strict=False)
+            # Strict: every dense weight has its place; what is new besides keeps what it was drawn with.
+            model.load_state_dict({**model.state_dict(), **start}, strict=True)
         seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
         def report(step: int, loss: float, kind: str = kind) -> None:

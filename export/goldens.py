@@ -53,36 +53,17 @@ def make_goldens(program: Program, windows: Sequence[Arrays]) -> Goldens:
     Returns:
         Inputs and outputs; bf16 outputs are widened to fp32, which numpy lacks a dtype for.
     """
-    import torch
-
-    with torch.no_grad():
-        outputs = [_run(program, window) for window in windows]
+    outputs = [_run(program, window) for window in windows]
     return Goldens(list(windows), outputs)
 
 
 def _run(program: Program, window: Arrays) -> dict[str, NDArray[Any]]:
-    """Interpret the graph and let go of every weight after its last use: one layer is resident at a time."""
     import torch
 
-    from depthwire._mapped import release
+    from depthwire.passes.analysis.observe import observe
 
-    exported = program.exported
-    weights = {**exported.constants, **exported.state_dict}
-    specs = exported.graph_signature.input_specs
-    feeds = [torch.from_numpy(window[s.arg.name]) if s.target is None else weights[s.target] for s in specs]
-
-    class Streaming(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> Any:
-            result = super().run_node(n)
-            for used in self.user_to_last_uses.get(n, []):
-                if used.op == "placeholder" and isinstance(self.env.get(used), torch.Tensor):
-                    release(self.env[used])
-            return result
-
-    results = Streaming(exported.graph_module).run(*feeds)
-    values = results if isinstance(results, (tuple, list)) else (results,)
-    kept = [value for value in values if value is not None]
-    return {name: _numpy(value) for name, value in zip(program.output_names, kept, strict=True)}
+    values = observe(program, {name: torch.from_numpy(array) for name, array in window.items()})
+    return {name: _numpy(value) for name, value in zip(program.output_names, values, strict=True)}
 
 
 def _numpy(tensor: Any) -> NDArray[Any]:

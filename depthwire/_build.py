@@ -28,21 +28,22 @@ def has_engine(target: Target) -> bool:
 
 
 def require_backend(target: Target) -> None:
-    """Refuse a target whose builder is not installed or not supported yet.
+    """Refuse a target whose engine is built elsewhere, or whose builder is not installed.
 
     Raises:
-        BuildError: ``build.backend-missing`` or ``build.planned``.
+        BuildError: ``build.on-device`` or ``build.backend-missing``.
     """
     from depthwire.runtime.doctor import PACKAGES
 
-    if target.status != "implemented":
+    if target.builds_on == "device":
         raise BuildError(
-            "build.planned",
-            f"Engines for target {target.name} cannot be built yet",
+            "build.on-device",
+            f"An engine for target {target.name} is built where its GPU is, not here",
             at=f"--target {target.name}",
-            want="a target whose status is 'implemented'",
-            got=f"status '{target.status}'",
-            todo="Add --no-build to write the ONNX model for it; 'depthwire targets' lists what can be built.",
+            want="a target whose engine is built anywhere: rtx",
+            got=f"{target.title}, built by {target.builder} on the device",
+            todo="Convert with --no-build; then "
+            f"'depthwire bundle DIRECTORY --target {target.name}' writes what builds and verifies the engine there.",
         )
     package = next((package for package in PACKAGES if package.distribution == target.builder), None)
     if package is None or importlib.util.find_spec(package.module) is not None:

@@ -158,12 +158,21 @@ HEAVY = (*OPTIONAL, "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "po
 
 def test_no_module_imports_an_optional_dependency_when_it_is_imported() -> None:
     kernels = ROOT / "runtime/triton/kernels"  # triton reads their source; functions alone import them
-    for path in (path for path in files(*FOLDERS) if kernels not in path.parents):
+    for path in (path for path in files(*FOLDERS) if kernels not in path.parents and path != DEVICE):
         for node in _at_import(tree(path).body):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] in OPTIONAL for name in names):
                 assert _only_for_types(tree(path), node), f"{path}: {names}"
+
+
+# Copied to a device, which has tensorrt; the product reads it as a file.
+DEVICE = ROOT / "runtime/deploy/depthwire_plugins.py"
+
+
+def test_nothing_imports_what_is_made_for_a_device() -> None:
+    assert DEVICE.is_file()
+    assert [path for path in files(*FOLDERS) if f"depthwire.runtime.deploy.{DEVICE.stem}" in imports(path)] == []
 
 
 def test_only_functions_import_the_gpu_kernels() -> None:

@@ -22,7 +22,7 @@ from depthwire.runtime.triton.routing_bundle import described_inputs, is_routing
 from depthwire.runtime.triton.spec import KernelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from onnx import ModelProto, NodeProto
 
@@ -72,13 +72,23 @@ def kernels_of(model: Path) -> list[Spec]:
     """
     import onnx
 
-    loaded = onnx.load(str(model), load_external_data=False)
-    types = _types(loaded)
-    nodes = [node for node in loaded.graph.node if node.domain == "depthwire"]
+    nodes, types = operators_of(onnx.load(str(model), load_external_data=False))
+    return list({spec.key: spec for node in nodes for spec in _specs(node, types)}.values())
+
+
+def operators_of(model: ModelProto) -> tuple[list[NodeProto], dict[str, tuple[int, tuple[int, ...]]]]:
+    """Return a file's depth-attention and routing operators, and element type and dimensions by value.
+
+    A dimension that the file does not tell is 0.
+    """
+    import onnx
+
+    types = _types(model)
+    nodes = [node for node in model.graph.node if node.domain == "depthwire"]
     nodes = [node for node in nodes if node.op_type.startswith("AttnRes") or is_routing(node.op_type)]
     if any(name and name not in types for node in nodes for name in _needed(node)):
-        types = _types(onnx.shape_inference.infer_shapes(loaded)) | types
-    return list({spec.key: spec for node in nodes for spec in _specs(node, types)}.values())
+        types = _types(onnx.shape_inference.infer_shapes(model)) | types
+    return nodes, types
 
 
 def write_bundle(
@@ -190,14 +200,20 @@ def _needed(node: NodeProto) -> Sequence[str]:
 
 def _specs(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> Sequence[Spec]:
     if not is_routing(node.op_type):
-        return [_spec(node, types)]
+        return [read_kernel(node, types)]
     found = routing_kernels(node, types)
     if found is None:
-        raise _untyped(node, types)
+        raise untyped(node, types)
     return found
 
 
-def _spec(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> KernelSpec:
+def read_kernel(node: NodeProto, types: Mapping[str, tuple[int, tuple[int, ...]]]) -> KernelSpec:
+    """Return the kernel of a depth-attention operator.
+
+    Raises:
+        BuildError: ``triton.untyped``.
+        UsageError: ``triton.bad-spec``.
+    """
     import onnx
 
     given = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
@@ -208,7 +224,7 @@ def _spec(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> Ker
     source = types.get(node.input[len(node.input) - 1 - merge_0])
     described = query is not None and source is not None and query[1] and query[1][-1] > 0 and query[1][0] > 0
     if not described or query is None or source is None:
-        raise _untyped(node, types)
+        raise untyped(node, types)
     return KernelSpec(
         op_type=node.op_type,
         width=query[1][-1],
@@ -219,7 +235,8 @@ def _spec(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> Ker
     )
 
 
-def _untyped(node: NodeProto, types: dict[str, tuple[int, tuple[int, ...]]]) -> BuildError:
+def untyped(node: NodeProto, types: Mapping[str, tuple[int, tuple[int, ...]]]) -> BuildError:
+    """Return the error about an operator on whose operands the file is silent."""
     return BuildError(
         "triton.untyped",
         "The file does not tell what this operator computes on",

@@ -71,12 +71,14 @@ class Compiled:
     spills: int
 
 
-def compile_kernel(spec: Spec, capability: str) -> Compiled:
+def compile_kernel(spec: Spec, capability: str, *, ptx_version: int | None = None) -> Compiled:
     """Compile an operator's kernel.
 
     Args:
         spec: The kernel.
         capability: Compute capability in any usual spelling (``SM87``, ``8.7``).
+        ptx_version: Version of the PTX language to keep to, 83 for 8.3; by default the newest that triton's assembler
+            knows, which drivers older than it do not compile.
 
     Raises:
         UsageError: As ``capability_of``.
@@ -87,9 +89,9 @@ def compile_kernel(spec: Spec, capability: str) -> Compiled:
     architecture = int(capability[2:])
     require_triton()
     for limit in _register_limits(spec):
-        compiled = _triton_compile(spec, architecture, limit)
+        compiled = _triton_compile(spec, architecture, limit, ptx_version)
         ptx, cubin = str(compiled.asm["ptx"]), bytes(compiled.asm["cubin"])
-        registers, spills = _resources(cubin)
+        registers, spills = resources_of(cubin)
         if spills == 0:
             break
     entry = _ENTRY.search(ptx)
@@ -162,7 +164,7 @@ def require_triton() -> str:
     return str(triton.__version__)
 
 
-def _triton_compile(spec: Spec, architecture: int, limit: int | None) -> Any:
+def _triton_compile(spec: Spec, architecture: int, limit: int | None, ptx_version: int | None) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -178,7 +180,7 @@ def _triton_compile(spec: Spec, architecture: int, limit: int | None) -> Any:
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     constants |= {name: None for name, kind in arguments.items() if kind == "constexpr"}  # type: ignore[misc]
     options: dict[str, Any] = {"num_warps": spec.launch.warps, "num_stages": spec.launch.stages}
-    options |= {"enable_fp_fusion": True, "maxnreg": limit}
+    options |= {"enable_fp_fusion": True, "maxnreg": limit, "ptx_version": ptx_version}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # line tables would make up most of the cubin
         try:
@@ -219,8 +221,12 @@ def _alignment(arguments: dict[str, Any]) -> dict[tuple[int, ...], list[list[str
     return found
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Return registers and stack bytes of the one kernel of a cubin."""
+def resources_of(cubin: bytes) -> tuple[int, int]:
+    """Return registers and stack bytes of the one kernel of a cubin.
+
+    Raises:
+        BuildError: ``triton.compile-failed`` if it cannot be examined.
+    """
     import triton
 
     with tempfile.TemporaryDirectory() as folder:

@@ -59,6 +59,25 @@ def routing_kernels(node: NodeProto, types: Mapping[str, tuple[int, tuple[int, .
     return [RoutingSpec("gather" if kind == "GatherTokens" else "scatter", row_bytes=size)]
 
 
+def plugin_kernel(node: NodeProto, types: Mapping[str, tuple[int, tuple[int, ...]]]) -> RoutingSpec | None:
+    """Return the one kernel that computes all of a node; ``None`` if the file does not tell.
+
+    A TensorRT plugin is a single launch without memory of its own, so a ``SurpriseScore`` is not computed in two.
+
+    Args:
+        node: A routing operator.
+        types: As in ``routing_kernels``.
+
+    Raises:
+        UsageError: ``triton.bad-spec``.
+    """
+    found = routing_kernels(node, types)
+    if found is None or len(found) == 1:
+        return found[0] if found else None
+    sums, rank = found
+    return RoutingSpec("surprise", width=sums.width, window=rank.window, dtype=sums.dtype, criteria=rank.dtype)
+
+
 def _selection(kind: str, levels: int, window: int, dtype: str) -> RoutingSpec:
     if kind == "SelectTokens":
         return RoutingSpec("select", block=select_block(levels, window), window=window, dtype=dtype)

@@ -26,6 +26,7 @@ def kernel_of(spec: RoutingSpec) -> Any:
         "scatter": move.scatter_tokens,
         "sums": surprise.surprise_sums,
         "rank": surprise.surprise_rank,
+        "surprise": surprise.surprise_score,
         "attention": routed_attention.routed_attention,
         "slot_attention": routed_attention.routed_attention,
     }[spec.kind]
@@ -46,6 +47,13 @@ def constants_of(spec: RoutingSpec) -> dict[str, int | float | bool]:
         "scatter": {"WORDS": spec.row_bytes // spec.word, **tile, "SLOTS": 64},
         "sums": {"WIDTH": spec.width, **tile},
         "rank": {"WINDOW": spec.window, **tile, "SCAN": 1024},
+        "surprise": {
+            "WIDTH": spec.width,
+            "WINDOW": spec.window,
+            **tile,
+            "ROWS": min(plan.tile, 4096 // max(1, plan.columns)),
+            "SCAN": 1024,
+        },
     }
     return own[spec.kind]
 

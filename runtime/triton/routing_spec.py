@@ -12,7 +12,9 @@ from typing import Final, Literal
 
 from depthwire.errors import UsageError
 
-RoutingKind = Literal["select", "budget", "gather", "scatter", "sums", "rank", "attention", "slot_attention"]
+RoutingKind = Literal[
+    "select", "budget", "gather", "scatter", "sums", "rank", "surprise", "attention", "slot_attention"
+]
 
 LARGEST_BLOCK: Final = 16384
 """Tokens of a row, or of a window, that top-k holds in the registers of one thread block."""
@@ -28,6 +30,7 @@ _OPERANDS: Final[dict[RoutingKind, tuple[str, str]]] = {
     "scatter": ("base index taken rows", "out"),
     "sums": ("delta prior valid", "sums"),
     "rank": ("sums criteria valid", "rank"),
+    "surprise": ("delta prior criteria valid", "rank"),
     "attention": ("query key value index kept", "out"),
     "slot_attention": ("query key value kept", "out"),
 }
@@ -73,14 +76,15 @@ class RoutingSpec:
     """One kernel of the routing operators, or of the attention in a routed block.
 
     Attributes:
-        kind: ``sums`` and ``rank`` are the two launches of ``SurpriseScore``; ``attention`` has K queries over T keys,
-            ``slot_attention`` over the K slots.
+        kind: ``sums`` and ``rank`` are the two launches of ``SurpriseScore``, ``surprise`` is all of it in one;
+            ``attention`` has K queries over T keys, ``slot_attention`` over the K slots.
         block: Of ``select``: the power of two that holds the row, or with windows the window. Of ``budget``: that which
             holds the row, or 0 where ``steps`` go over it.
-        window: Tokens of a window (``select``; 0 for none) or of the moving average (``rank``).
+        window: Tokens of a window (``select``; 0 for none) or of the moving average (``rank``, ``surprise``).
         row_bytes: Of ``gather`` and ``scatter``: bytes of a token.
-        width: Of ``sums``: d; of attention: elements of a head.
+        width: Of ``sums`` and ``surprise``: d; of attention: elements of a head.
         dtype: Of scores (fp32 alone), of ``delta`` and ``prior``, of ``criteria``, or of query, key, value and output.
+        criteria: Of ``surprise``: dtype of ``criteria``.
         kv_heads: Heads of keys and values.
         group: Query heads for each of them.
         scale: Factor on the logits.
@@ -98,6 +102,7 @@ class RoutingSpec:
     row_bytes: int = 0
     width: int = 0
     dtype: str = "float32"
+    criteria: str = "float32"
     kv_heads: int = 0
     group: int = 0
     scale: float = 1.0
@@ -112,13 +117,13 @@ class RoutingSpec:
         streams = self.kind == "budget" and self.block == 0
         if selects and not streams and not (power and 32 <= self.block <= largest):
             raise self._refused("block", f"a power of two from 32 to {largest}, of at least the row or window")
-        if self.window < (self.kind == "rank") or (self.kind == "select" and self.window > self.block):
+        if self.window < (self.kind in ("rank", "surprise")) or (self.kind == "select" and self.window > self.block):
             raise self._refused("window", "a window that the block holds" if selects else "at least 1 token")
         if self.window >= 1 << 31:
             raise self._refused("window", "fewer than 2^31 tokens")
         if moves and self.row_bytes < 1:
             raise self._refused("row_bytes", "at least 1 byte")
-        if self.kind == "sums" and self.width < 1:
+        if self.kind in ("sums", "surprise") and self.width < 1:
             raise self._refused("width", "at least 1")
         if self.attends and not 1 <= self.width <= LARGEST_HEAD:
             raise self._refused("width", f"heads of 1 to {LARGEST_HEAD} elements")
@@ -127,6 +132,8 @@ class RoutingSpec:
         dtypes = ("float32",) if selects else tuple(_FLOATS)
         if self.dtype not in dtypes:
             raise self._refused("dtype", f"one of {', '.join(dtypes)}")
+        if self.criteria not in _FLOATS:
+            raise self._refused("criteria", f"one of {', '.join(_FLOATS)}")
 
     def _refused(self, field: str, want: str) -> UsageError:
         return UsageError(
@@ -156,7 +163,7 @@ class RoutingSpec:
     @property
     def scalars(self) -> tuple[str, ...]:
         """The int32 parameters behind the pointers."""
-        return ("tokens",) if self.kind in ("sums", "rank") else ("tokens", "slots")
+        return ("tokens",) if self.kind in ("sums", "rank", "surprise") else ("tokens", "slots")
 
     @property
     def word(self) -> int:
@@ -167,6 +174,8 @@ class RoutingSpec:
         """Return the dtype that a pointer points to; bits are bytes, and what is moved are words."""
         if self.kind in ("gather", "scatter") and parameter in ("x", "base", "rows", "out"):
             return f"int{8 * self.word}"
+        if self.kind == "surprise" and parameter == "criteria":
+            return self.criteria
         return _EXACT.get(parameter, self.dtype)
 
     @property
@@ -184,6 +193,8 @@ class RoutingSpec:
             return RoutingLaunch(max(1, 1024 // columns), columns, 4)
         if self.kind == "rank":
             return RoutingLaunch(64, min(16, _power(self.window)), 4)
+        if self.kind == "surprise":
+            return RoutingLaunch(64, min(_power(self.width), 256), 4)
         matrices = self.tensor_cores and self.dtype != "float32"
         return RoutingLaunch(64, 32, 4, stages=2) if matrices else RoutingLaunch(16, 16, 4)
 
@@ -202,10 +213,10 @@ class RoutingSpec:
                 return f"SelectTokensBudget-b{self.block}"
             case "gather" | "scatter":
                 return f"{self.kind.capitalize()}Tokens-r{self.row_bytes}"
-            case "sums":
-                return f"SurpriseScore-sums-d{self.width}-{dtype}"
-            case "rank":
-                return f"SurpriseScore-rank-w{self.window}-{dtype}"
+            case "sums" | "rank" | "surprise":
+                part = {"sums": f"sums-d{self.width}", "rank": f"rank-w{self.window}"}
+                whole = f"d{self.width}-w{self.window}-{_FLOATS[self.criteria][0]}"
+                return f"SurpriseScore-{part.get(self.kind, whole)}-{dtype}"
         name = "RoutedAttention" if self.kind == "attention" else "SlotAttention"
         suffix = "" if self.tensor_cores else "-fma"
         return f"{name}-h{self.kv_heads}x{self.group}-d{self.width}-{dtype}-{_bits(self.scale)}{suffix}"

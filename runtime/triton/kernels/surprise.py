@@ -1,7 +1,8 @@
-"""``SurpriseScore``, in two launches: sums over the width, and what depends on earlier tokens.
+"""``SurpriseScore``, in two launches: sums over the width, and what depends on earlier tokens. Or all of it in one.
 
 The first reads ``delta`` and ``prior`` once and leaves two numbers a token, D_st and D_st - D_ch; the second makes the
-rank of them. All arithmetic is fp32. Padding is never read.
+rank of them. Where there is no memory to leave them in, as in a TensorRT plugin that is one launch, each program takes
+the sums of the tokens before its own again. All arithmetic is fp32. Padding is never read.
 """
 
 from __future__ import annotations
@@ -107,4 +108,78 @@ def surprise_rank(
     static = tl.load(sums + token, mask=exists, other=0.0)
     expected_change = tl.load(sums + tokens + token, mask=exists, other=0.0) + offset
     score = softplus(beta_ce * expected_change) + softplus(beta_cu * (static - m_cu * average))
+    tl.store(rank + row * tokens + token, tl.where(kept, score, 0.0), mask=exists)
+
+
+@triton.jit
+def surprise_score(
+    delta: tl.tensor,
+    prior: tl.tensor,
+    criteria: tl.tensor,
+    valid: tl.tensor,
+    rank: tl.tensor,
+    tokens: tl.tensor,
+    WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCAN: tl.constexpr,
+) -> None:
+    """Store the rank of TILE tokens of ``[B, T, WIDTH]``; 0 for padding.
+
+    The tokens of the windows are taken ROWS at a time: those before the tile for the average alone, ``delta`` only.
+    """
+    tiles = tl.cdiv(tokens, TILE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    begin = tl.program_id(0) % tiles * TILE
+    token = begin + tl.arange(0, TILE)
+    exists = token < tokens
+    valid += row * tokens
+    delta += row * tokens * WIDTH
+    prior += row * tokens * WIDTH
+    kept = exists & (tl.load(valid + token, mask=exists, other=0) != 0)
+    first = tokens
+    for start in range(0, tokens, SCAN):
+        each = start + tl.arange(0, SCAN)
+        bit = tl.load(valid + each, mask=each < tokens, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(bit, each, tokens), 0))
+    behind = tl.minimum(token - first + 1, WINDOW)  # tokens of the window that there are
+    end = tl.minimum(begin + TILE, tokens)
+    total = tl.zeros([TILE], tl.float32)
+    static = tl.zeros([TILE], tl.float32)
+    change = tl.zeros([TILE], tl.float32)
+    # Left of ``first`` there is nothing to sum; begin - WINDOW does not overflow, both being below 2^31.
+    for start in range(tl.maximum(begin - (WINDOW - 1), first), end, ROWS):
+        each = start + tl.arange(0, ROWS)
+        bit = (each < end) & (tl.load(valid + each, mask=each < end, other=0) != 0)
+        own = bit & (each >= begin)
+        offset = (each.to(tl.int64) * WIDTH)[:, None]
+        squares = tl.zeros([ROWS, COLUMNS], tl.float32)
+        changes = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for left in range(0, WIDTH, COLUMNS):
+            column = (left + tl.arange(0, COLUMNS))[None, :]
+            inside = column < WIDTH
+            actual = tl.load(delta + offset + column, mask=bit[:, None] & inside, other=0.0).to(tl.float32)
+            expected = tl.load(prior + offset + column, mask=own[:, None] & inside, other=0.0).to(tl.float32)
+            squares += actual * actual
+            changes += (actual + (actual - expected)) * expected
+        mean = (tl.sum(squares, axis=1) * (1.0 / WIDTH))[None, :]
+        moved = (tl.sum(changes, axis=1) * (1.0 / WIDTH))[None, :]
+        back = token[:, None] - each[None, :]
+        total += tl.sum(tl.where((back >= 0) & (back < behind[:, None]), mean, 0.0), axis=1)
+        static += tl.sum(tl.where(back == 0, mean, 0.0), axis=1)
+        change += tl.sum(tl.where(back == 0, moved, 0.0), axis=1)
+    # What lies before the first valid token counts as that one, which the windows of later tiles do not reach.
+    before = tl.zeros([COLUMNS], tl.float32)
+    for left in range(0, WIDTH, COLUMNS):
+        column = left + tl.arange(0, COLUMNS)
+        wanted = (column < WIDTH) & (first < tokens) & (begin < first + WINDOW)
+        actual = tl.load(delta + first.to(tl.int64) * WIDTH + column, mask=wanted, other=0.0).to(tl.float32)
+        before += actual * actual
+    missing = (WINDOW - behind).to(tl.float32)
+    average = (total + missing * (tl.sum(before, 0) * (1.0 / WIDTH))) * (1.0 / WINDOW)
+    offset_ce, m_cu = tl.load(criteria).to(tl.float32), tl.load(criteria + 1).to(tl.float32)
+    beta_ce, beta_cu = tl.load(criteria + 2).to(tl.float32), tl.load(criteria + 3).to(tl.float32)
+    score = softplus(beta_ce * (change + offset_ce)) + softplus(beta_cu * (static - m_cu * average))
     tl.store(rank + row * tokens + token, tl.where(kept, score, 0.0), mask=exists)

@@ -11,8 +11,11 @@ OUT    ?= out/smollm2-block8
 CMAKE   := $(or $(shell command -v cmake),$(BIN)/cmake)
 ORT_INCLUDE_DIR ?= .cache/onnxruntime-headers/0.4.9
 NATIVE  := $(CMAKE) -S runtime/native -DORT_INCLUDE_DIR=$(abspath $(ORT_INCLUDE_DIR))
+# The runners without Python; ONNX Runtime's library is the Python wheel's unless ORT_LIBRARY names another.
+RUNNER  := $(CMAKE) -S runtime/deploy/cpp -DORT_INCLUDE_DIR=$(abspath $(ORT_INCLUDE_DIR))
+ORT_LIBRARY ?= $(shell ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.* 2>/dev/null)
 
-.PHONY: help setup model native native-asan native-aarch64 demo test lint bench clean
+.PHONY: help setup model native native-asan native-aarch64 runner test-native demo test lint bench clean
 
 help:           ## Show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -41,6 +44,18 @@ native-aarch64: $(ORT_INCLUDE_DIR)/onnxruntime_c_api.h $(CMAKE) ## Build them fo
 	$(NATIVE) -B .cache/native/aarch64 -DCMAKE_BUILD_TYPE=Release \
 	    -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/runtime/native/aarch64.cmake
 	$(CMAKE) --build .cache/native/aarch64 --parallel
+	$(RUNNER) -B .cache/native/runner-aarch64 -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/runtime/native/aarch64.cmake
+	$(CMAKE) --build .cache/native/runner-aarch64 --parallel
+
+runner: $(READY) native ## Build depthwire_run, which runs an artefact without Python; a second one with sanitizers
+	$(RUNNER) -B .cache/native/runner -DCMAKE_BUILD_TYPE=Release -DORT_LIBRARY=$(ORT_LIBRARY)
+	$(CMAKE) --build .cache/native/runner --parallel
+	$(RUNNER) -B .cache/native/runner-asan -DCMAKE_BUILD_TYPE=Debug -DORT_LIBRARY=$(ORT_LIBRARY) -DDEPTHWIRE_SANITIZE=ON
+	$(CMAKE) --build .cache/native/runner-asan --parallel
+
+test-native: $(READY) native native-asan runner ## Run only the tests of the C++ code
+	$(BIN)/pytest -p no:randomly tests/runtime/native tests/runtime/deploy/test_cpp_runner.py
 
 .cache/onnxruntime-headers/0.4.9/onnxruntime_c_api.h:
 	$(PYTHON) tools/fetch_ort_headers.py
@@ -52,7 +67,7 @@ demo: $(READY) $(MODEL)/config.json native ## Convert SmolLM2-135M to Block Attn
 	$(BIN)/depthwire convert $(MODEL) --attn-res block:8 --batch 1 --seq-len 512 --text $(TEXT) --windows 4 \
 	    --target rtx --cc SM86 --cc SM120 -o $(OUT)
 
-test: $(READY) $(MODEL)/config.json native native-asan ## Lint, type-check and run every test
+test: $(READY) $(MODEL)/config.json native native-asan runner ## Lint, type-check and run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p depthwire

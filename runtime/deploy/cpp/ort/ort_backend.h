@@ -1,0 +1,14 @@
+// ONNX Runtime over model.onnx of an artefact.
+#pragma once
+
+#include <memory>
+
+#include "runner.h"
+
+namespace depthwire {
+
+extern const std::vector<OptionSpec> kOrtOptions;
+
+std::unique_ptr<Backend> open_ort(const Artifact& artifact, const Options& options);
+
+}  // namespace depthwire

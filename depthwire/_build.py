@@ -100,6 +100,7 @@ def build_stage(artifact: Artifact, target: Target, options: BuildOptions, stage
             check_memory=options.check_memory,
             route_inputs=options.route_inputs,
             all_capacities=options.all_capacities,
+            max_batch=options.max_batch,
         )
         stage.bytes = engine.bytes
         stage.child_peak(engine.peak_rss_bytes)

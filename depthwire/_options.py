@@ -45,6 +45,11 @@ class Options(TypedDict, total=False):
     route_fallback: Literal["identity", "linear", "swiglu"] | None
     route_margin: int | None
     route_window: int | None
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4-weights"]
+    precision_rest: Literal["fp32", "fp16", "bf16"] | None
+    logits: Literal["same", "fp32"]
+    calibration: str | Path | None
+    calibration_windows: int
     target: str
     opset: int | None
     goldens: int
@@ -54,6 +59,7 @@ class Options(TypedDict, total=False):
     verify: bool
     windows: int
     max_perplexity_increase: float | None
+    min_top1_agreement: float | None
     build: bool
     compute_capabilities: Sequence[str] | None
     workspace: int | str | None
@@ -61,6 +67,7 @@ class Options(TypedDict, total=False):
     check_memory: bool
     route_inputs: bool
     all_capacities: bool
+    max_batch: int | None
 
 
 def combine(

@@ -135,6 +135,22 @@ class RouteOptions(_Strict):
         return any(value is not None for value in self.model_dump().values())
 
 
+class PrecisionOptions(_Strict):
+    """In which dtypes the written graph computes (``docs/precision.md``)."""
+
+    kind: Literal["fp32", "fp16", "bf16", "int8", "int4-weights"] = "fp32"
+    """``fp32``: as captured. ``fp16``, ``bf16``: with islands of fp32. ``int8``, ``int4-weights``: linear layers are
+    quantised, the rest computes in ``rest``."""
+    rest: Literal["fp32", "fp16", "bf16"] | None = None
+    """Dtype of what ``int8`` and ``int4-weights`` do not quantise; fp32 for ONNX Runtime, else fp16, when absent."""
+    logits: Literal["same", "fp32"] = "same"
+    """``fp32`` keeps the product behind the logits in fp32; ``same`` computes it as the others."""
+    calibration: FilePath | None = None
+    """Text to measure ranges on; absent: the windows of ``goldens.text`` behind those that are compared."""
+    calibration_windows: Positive = 8
+    """Windows to measure ranges on."""
+
+
 class GoldenOptions(_Strict):
     """Inputs that the original model is run on; its outputs travel with the artefact."""
 
@@ -164,10 +180,12 @@ class VerifyOptions(_Strict):
 
 
 class QualityOptions(_Strict):
-    """How much a routed model may lose against the original."""
+    """How much a routed model, or one of another precision, may lose against the original."""
 
     max_perplexity_increase: Annotated[float, Field(ge=0)] | None = None
     """Largest relative increase of the perplexity on the windows (0.05: 5 %); no limit when absent."""
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least share of positions with the same most likely token (0.995: 99.5 %); no limit when absent."""
 
 
 class BuildOptions(_Strict):
@@ -187,6 +205,8 @@ class BuildOptions(_Strict):
     """Thresholds, budgets and counts of a routed model become inputs of the engine instead of constants."""
     all_capacities: bool = False
     """One engine for every capacity of a routed model; its slots and tables become inputs."""
+    max_batch: Positive | None = None
+    """The engine takes batches of 1 to this, tuned for it; the batch that was captured, alone, when absent."""
 
 
 class Recipe(_Strict):
@@ -204,6 +224,7 @@ class Recipe(_Strict):
     schedule: Literal["auto", "single"] = "auto"
     """Let reads share passes over their sources where that moves fewer bytes (``auto``), or never (``single``)."""
     route: RouteOptions = RouteOptions()
+    precision: PrecisionOptions = PrecisionOptions()
     target: str = "ort-cpu"
     """What the artefact is for; ``depthwire targets`` lists them."""
     opset: Annotated[int, Field(ge=18)] | None = None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from depthwire.artifact import Artifact, EngineInfo, KernelsInfo
     from depthwire.program import Program
     from depthwire.recipe import Recipe
+    from depthwire.runtime.bundle import BundleInfo
     from depthwire.runtime.doctor import Finding
     from depthwire.runtime.target import Target
     from depthwire.runtime.verify_report import VerifyReport
@@ -36,6 +37,7 @@ __all__ = [
     "Result",
     "VerificationError",
     "build",
+    "bundle",
     "capture",
     "convert",
     "doctor",
@@ -324,6 +326,7 @@ def build(
     check_memory: bool = True,
     route_inputs: bool | None = None,
     all_capacities: bool | None = None,
+    max_batch: int | None = None,
     stages: Stages | None = None,
 ) -> EngineInfo:
     """Build an engine from an artefact and list it in the manifest.
@@ -336,6 +339,7 @@ def build(
         optimization_level: Builder effort, 0 to 5; as above when absent.
         route_inputs: Make a routed model's thresholds, budgets and counts inputs; as above when absent.
         all_capacities: One engine for every capacity of a routed model; as above when absent.
+        max_batch: One engine for batches of 1 to this, tuned for this; as above when absent.
         check_memory: Refuse a build that is predicted not to fit into memory.
         stages: See the module's text.
 
@@ -352,8 +356,60 @@ def build(
         "check_memory": check_memory,
         "route_inputs": route_inputs,
         "all_capacities": all_capacities,
+        "max_batch": max_batch,
     }
     return _build.build(Path(directory), options, stages or Stages())
+
+
+def bundle(
+    directory: str | Path,
+    *,
+    target: str,
+    out: str | Path | None = None,
+    jetpack: str | None = None,
+    form: str | None = None,
+    flavour: str | None = None,
+    capacities: Sequence[str] = (),
+    workspace: int | None = None,
+    optimization_level: int | None = None,
+    latency_runs: int | None = None,
+    stages: Stages | None = None,
+) -> BundleInfo:
+    """Write a device bundle: graphs, weights, goldens, and a script that builds, proves and measures the engines.
+
+    Args:
+        directory: The artefact; every hash is checked first, and the bundle is listed in it.
+        target: The device.
+        out: The bundle's directory; ``DIRECTORY-TARGET`` beside the artefact when absent. Replaces an earlier one.
+        jetpack: JetPack of a Jetson; the target's default when absent.
+        form: Of the custom operators, ``function`` or ``plugin``; the target's when absent.
+        flavour: ``tensorrt`` or ``tensorrt_rtx``; the target's when absent.
+        capacities: Graphs of a routed model, such as ``25%``; all of them when empty.
+        workspace: Limit of the builder's workspace in bytes; the target's when absent.
+        optimization_level: 0 to 5; the target's when absent.
+        latency_runs: Runs that are measured on the device.
+        stages: See the module's text.
+
+    Raises:
+        UsageError: The target builds nothing, or an option does not fit it.
+        BuildError: The model does not fit the device, or its operators do not fit the device's TensorRT.
+        ExportError: The artefact is damaged, or the disk is full.
+        ParityError: The graph, in the form it would travel in, does not compute the goldens.
+    """
+    from depthwire import _bundle
+    from depthwire.runtime.bundle import LATENCY_RUNS, BundleOptions
+    from depthwire.runtime.target import load_target
+
+    options = BundleOptions(
+        form=form,
+        flavour=flavour,
+        capacities=tuple(capacities),
+        latency_runs=LATENCY_RUNS if latency_runs is None else latency_runs,
+        workspace_bytes=workspace,
+        optimization_level=optimization_level,
+    )
+    place = None if out is None else Path(out)
+    return _bundle.bundle(Path(directory), load_target(target, jetpack), place, options, stages or Stages())
 
 
 def kernels(

@@ -114,6 +114,8 @@ class EngineInfo(_Strict):
     predicted_rss_bytes: int | None = None
     layers: dict[str, int] = Field(default_factory=dict)
     dtypes: dict[str, int] = Field(default_factory=dict)
+    profile: dict[str, list[list[int]]] = Field(default_factory=dict)
+    """Least, tuned-for and greatest shape of every input whose shape is not static."""
     notes: list[str] = Field(default_factory=list)
 
 
@@ -190,6 +192,38 @@ class RouteInfo(_Strict):
     graphs: list[RouteGraph]
 
 
+class PrecisionInfo(_Strict):
+    """In which dtypes the graphs compute, and what that costs.
+
+    Attributes:
+        asked: ``fp16``, ``bf16``, ``int8`` or ``int4-weights``.
+        rest: Dtype of what is not quantised: ``fp32``, ``fp16`` or ``bf16``.
+        logits: Whether the product behind the logits is kept in ``fp32``.
+        islands: Calls that are kept in fp32, by reason.
+        quantized: Linear layers by what became of them: ``int8``, ``int8 weights``, ``int4 weights``, or left.
+        census: Values of the written graph by dtype.
+        calibration: What ranges were measured on.
+        largest: Largest magnitude that a value of the low dtype had there.
+        largest_at: Module of that value.
+        weight_bytes: Stored bytes of the weights but for embeddings.
+        embedding_bytes: Stored bytes of the tables that tokens index.
+        quality: What the change of precision cost on the windows, as ``report.json`` has it.
+    """
+
+    asked: str
+    rest: str
+    logits: str
+    islands: dict[str, int] = Field(default_factory=dict)
+    quantized: dict[str, int] = Field(default_factory=dict)
+    census: dict[str, int] = Field(default_factory=dict)
+    calibration: str | None = None
+    largest: float | None = None
+    largest_at: str | None = None
+    weight_bytes: int = 0
+    embedding_bytes: int = 0
+    quality: dict[str, Any] = Field(default_factory=dict)
+
+
 class Manifest(_Strict):
     """Everything a reader needs to trust, rebuild or refuse the artefact."""
 
@@ -212,6 +246,7 @@ class Manifest(_Strict):
     engines: dict[str, EngineInfo] = Field(default_factory=dict)
     kernels: KernelsInfo | None = None
     route: RouteInfo | None = None
+    precision: PrecisionInfo | None = None
 
 
 def sha256_file(path: Path) -> str:

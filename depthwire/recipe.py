@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from depthwire._recipe_model import (
     BuildOptions,
     GoldenOptions,
+    PrecisionOptions,
     QualityOptions,
     Recipe,
     RouteOptions,
@@ -34,6 +35,7 @@ __all__ = [
     "OPTIONS",
     "BuildOptions",
     "GoldenOptions",
+    "PrecisionOptions",
     "QualityOptions",
     "Recipe",
     "RouteOptions",
@@ -76,6 +78,11 @@ OPTIONS: dict[str, Key] = {
     "route_fallback": ("route", "fallback"),
     "route_margin": ("route", "margin"),
     "route_window": ("route", "window"),
+    "precision": ("precision", "kind"),
+    "precision_rest": ("precision", "rest"),
+    "logits": ("precision", "logits"),
+    "calibration": ("precision", "calibration"),
+    "calibration_windows": ("precision", "calibration_windows"),
     "target": ("target",),
     "opset": ("opset",),
     "goldens": ("goldens", "count"),
@@ -85,6 +92,7 @@ OPTIONS: dict[str, Key] = {
     "verify": ("verify", "enabled"),
     "windows": ("verify", "windows"),
     "max_perplexity_increase": ("quality", "max_perplexity_increase"),
+    "min_top1_agreement": ("quality", "min_top1_agreement"),
     "build": ("build", "enabled"),
     "compute_capabilities": ("build", "compute_capabilities"),
     "workspace": ("build", "workspace"),
@@ -92,6 +100,7 @@ OPTIONS: dict[str, Key] = {
     "check_memory": ("build", "check_memory"),
     "route_inputs": ("build", "route_inputs"),
     "all_capacities": ("build", "all_capacities"),
+    "max_batch": ("build", "max_batch"),
     "out": ("out",),
 }
 """Python argument (and, with dashes, command-line option) -> key in the recipe."""

@@ -7,10 +7,11 @@ import os
 from typing import TYPE_CHECKING
 
 from depthwire.errors import BuildError, UsageError
+from depthwire.runtime._batch_profile import OpenBatch, open_batch
 from depthwire.runtime._route_profile import SLOTS, profiled_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from onnx import ModelProto
@@ -54,7 +55,7 @@ def refuse_wide_selections(model: Path) -> None:
 
 @contextlib.contextmanager
 def network_model(
-    artifact: Artifact, *, route_inputs: bool, all_capacities: bool = False
+    artifact: Artifact, *, route_inputs: bool, all_capacities: bool = False, max_batch: int | None = None
 ) -> Iterator[tuple[Path, Profile]]:
     """Give the graph to build: the artefact's own, or a copy of which thresholds, budgets and counts are real inputs.
 
@@ -65,24 +66,29 @@ def network_model(
         artifact: The artefact.
         route_inputs: Whether the caller of the engine gives the tables.
         all_capacities: One network for all graphs of the artefact; its caller gives the slots, and the tables too.
+        max_batch: Leave the batch open, from 1 to this; ``None`` for the batch of the graph.
 
     Returns:
         The file, and least, usual and greatest shape of the inputs that have no static one.
 
     Raises:
-        UsageError: ``build.no-route-inputs``: the graph has no such inputs; ``build.one-capacity``.
+        UsageError: ``build.no-route-inputs``: the graph has no such inputs; ``build.one-capacity``;
+            ``build.batch-not-followed``.
     """
     if all_capacities:
-        model, slots = profiled_model(artifact)
+        opened: list[OpenBatch] = []
+        model, slots = profiled_model(artifact, _load if max_batch is None else _opener(opened))
+        # The widest graph, which the result is made of, is read last.
+        profile = opened[-1].profile(max_batch) if max_batch is not None else {}
         with _copy(artifact, model) as path:
-            yield path, {SLOTS: ((slots[0],), (slots[len(slots) // 2],), (slots[-1],))}
+            yield path, {**profile, SLOTS: ((slots[0],), (slots[len(slots) // 2],), (slots[-1],))}
         return
-    if not route_inputs:
+    if not route_inputs and max_batch is None:
         yield artifact.model, {}
         return
     proto = _load(artifact.model)
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in _ROUTE_INPUTS]
-    if len(kept) == len(proto.graph.initializer):
+    if route_inputs and len(kept) == len(proto.graph.initializer):
         raise UsageError(
             "build.no-route-inputs",
             "The graph has no thresholds that an engine could take as inputs",
@@ -91,10 +97,33 @@ def network_model(
             got="none",
             todo="Leave --route-inputs out, or convert with --route-rule budget.",
         )
+    if max_batch is not None:
+        batched = open_batch(artifact.model, tables_are_inputs=route_inputs)
+        with _copy(artifact, batched.model) as path:
+            yield path, batched.profile(max_batch)
+        return
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     with _copy(artifact, proto) as path:
         yield path, {}
+
+
+def _opener(opened: list[OpenBatch]) -> Callable[[Path], ModelProto]:
+    def read(path: Path) -> ModelProto:
+        found = open_batch(path, tables_are_inputs=True)
+        if found.frozen:
+            raise UsageError(
+                "build.batch-not-followed",
+                "Batch and capacities of this graph cannot both be left open",
+                at=f"{path}: {', '.join(found.frozen[:4])}",
+                want="shapes in which the batch keeps its place",
+                got="the batch moves where the number of slots is open already",
+                todo="Leave --max-batch or --all-capacities out.",
+            )
+        opened.append(found)
+        return found.model
+
+    return read
 
 
 @contextlib.contextmanager

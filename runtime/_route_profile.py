@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from depthwire.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from onnx import ModelProto, NodeProto, TensorProto
 
     from depthwire.artifact import Artifact, RouteGraph
@@ -22,25 +25,24 @@ _TABLES = ("route_thresholds", "route_budgets", "route_states")
 _STATIC = "route.slots_"
 
 
-def profiled_model(artifact: Artifact) -> tuple[ModelProto, tuple[int, ...]]:
+def profiled_model(
+    artifact: Artifact, read: Callable[[Path], ModelProto] | None = None
+) -> tuple[ModelProto, tuple[int, ...]]:
     """Return a graph whose input ``route_slots [K]`` (0 … K-1) decides how many tokens are computed, and every K.
 
     Args:
         artifact: A routed model with two capacities or more.
+        read: Reads the narrowest and then the widest graph, in which it may leave the batch open.
 
     Raises:
         UsageError: ``build.one-capacity``: there are no two, a layer has a capacity of its own, or the graphs differ in
             more than K.
     """
-    import onnx
-
     route = artifact.manifest.route
     graphs = sorted([] if route is None else route.graphs, key=_slots)
     if len(graphs) < 2 or any(len({unit.slots for unit in graph.units}) != 1 for graph in graphs):
         raise _refusal(artifact, f"{len(graphs)} graphs" if len(graphs) < 2 else "layers with a K of their own")
-    narrow, wide = (
-        onnx.load(str(artifact.path(graph.file)), load_external_data=False) for graph in (graphs[0], graphs[-1])
-    )
+    narrow, wide = ((read or _load)(artifact.path(graph.file)) for graph in (graphs[0], graphs[-1]))
     uses = _cut_uses(artifact, narrow, wide, _slots(graphs[0]))
     return _rewritten(wide, uses), tuple(_slots(graph) for graph in graphs)
 
@@ -109,6 +111,12 @@ def _rewritten(model: ModelProto, uses: dict[tuple[int, int], str]) -> ModelProt
     del graph.node[:]
     graph.node.extend(nodes)
     return model
+
+
+def _load(path: Path) -> ModelProto:
+    import onnx
+
+    return onnx.load(str(path), load_external_data=False)
 
 
 def _operator(node: NodeProto) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from depthwire.runtime._build_errors import turing_float32
 from depthwire.runtime._build_process import BuildRequest, BuildResult, Progress, spawn
 from depthwire.runtime._onnx_graph import GraphFacts, read_graph
 from depthwire.runtime._route_network import network_model, refuse_wide_selections
+from depthwire.runtime._route_profile import SLOTS
 from depthwire.runtime.memory import require_memory
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def build(
     check_memory: bool = True,
     route_inputs: bool = False,
     all_capacities: bool = False,
+    max_batch: int | None = None,
 ) -> EngineInfo:
     """Build ``engine/<target>/model.engine`` and enter it into the manifest and the report.
 
@@ -67,6 +69,7 @@ def build(
             give; else they are constants.
         all_capacities: One engine for every capacity of the artefact, with K from an optimisation profile; its caller
             gives ``route_slots`` (0 … K-1) and the tables.
+        max_batch: One engine for batches of 1 to this, tuned for this; ``None`` for the graph's own batch alone.
 
     Returns:
         The engine's facts, as they stand in the manifest. A build that is cancelled or fails leaves an engine that
@@ -74,13 +77,13 @@ def build(
 
     Raises:
         UsageError: ``target.nothing-to-build``, ``target.bad-build-option``, ``build.no-route-inputs``,
-            ``build.one-capacity`` or a bad compute capability.
+            ``build.one-capacity``, ``build.batch-not-followed`` or a bad compute capability.
         BuildError: ``build.attention-op``, ``build.custom-op-without-body``, ``build.turing-float32``,
             ``build.too-many-slots``, ``build.out-of-memory``, or what ``_build_process.spawn`` raises.
     """
     level = optimization_level if optimization_level is not None else target.optimization_level
     workspace = workspace_bytes if workspace_bytes is not None else target.workspace_bytes
-    _check_options(target, workspace, level)
+    _check_options(target, workspace, level, max_batch)
     capabilities = target.resolve_compute_capabilities(compute_capabilities)
     facts = read_graph(artifact.model)
     _refuse_unbuildable(artifact.model, facts, capabilities)
@@ -92,8 +95,9 @@ def build(
             require_memory(predicted, weight_bytes=facts.weight_bytes, at=str(artifact.model))
 
     engine_name, log_name = (f"engine/{target.name}/{file}" for file in (ENGINE, LOG))
+    network = network_model(artifact, route_inputs=route_inputs, all_capacities=all_capacities, max_batch=max_batch)
     with (
-        network_model(artifact, route_inputs=route_inputs, all_capacities=all_capacities) as (model, profile),
+        network as (model, profile),
         _workplace(artifact.path(engine_name).parent) as (engine, log),
     ):
         request = BuildRequest(
@@ -117,7 +121,11 @@ def build(
     info = _engine_info(target, engine_name, capabilities, result, predicted)
     if route_inputs or all_capacities:
         info.notes.append(_ROUTE_INPUTS)
-    info.notes += [f"{name} of {least[0]} to {most[0]}: its length is K." for name, (least, _, most) in profile.items()]
+    info.profile = {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
+    if SLOTS in profile:
+        info.notes.append(f"{SLOTS} of {profile[SLOTS][0][0]} to {profile[SLOTS][-1][0]}: its length is K.")
+    if max_batch is not None:
+        info.notes.append(f"Batches of 1 to {max_batch}, tuned for {max_batch}.")
     _record(artifact, info, log_name)
     return info
 
@@ -131,7 +139,7 @@ def estimate_seconds(facts: GraphFacts) -> float:
     return 0.5 + 4.0e-9 * facts.weight_bytes + 8.0e-3 * facts.products + 6.0e-5 * math.pow(facts.nodes, 1.5)
 
 
-def _check_options(target: Target, workspace_bytes: int | None, level: int | None) -> None:
+def _check_options(target: Target, workspace_bytes: int | None, level: int | None, max_batch: int | None) -> None:
     if target.builder != "tensorrt-rtx" or target.status != "implemented":
         raise UsageError(
             "target.nothing-to-build",
@@ -148,12 +156,14 @@ def _check_options(target: Target, workspace_bytes: int | None, level: int | Non
         wrong.append(f"optimization level {level}")
     if workspace_bytes is not None and workspace_bytes <= 0:
         wrong.append(f"workspace of {workspace_bytes} bytes")
+    if max_batch is not None and max_batch < 1:
+        wrong.append(f"batch of at most {max_batch}")
     if wrong:
         raise UsageError(
             "target.bad-build-option",
             "An option of the build is out of its range",
             at=f"target {target.name}",
-            want="an optimization level from 0 to 5, a workspace above 0 bytes",
+            want="an optimization level from 0 to 5, a workspace above 0 bytes, a batch of 1 or more",
             got=", ".join(wrong),
             todo="Change the option, or leave it out for the builder's default.",
         )

@@ -124,6 +124,24 @@ def schedule_options(function: F) -> F:
     )(function)
 
 
+def precision_options(function: F) -> F:
+    """Add what decides the dtypes of the graph."""
+    kinds = ["fp32", "fp16", "bf16", "int8", "int4-weights"]
+    return _group(
+        [
+            click.option("--precision", type=click.Choice(kinds), help="Dtypes of the graph (default fp32)."),
+            click.option(
+                "--precision-rest",
+                type=click.Choice(kinds[:3]),
+                help="What int8 and int4-weights leave (default fp32 for ONNX Runtime, else fp16).",
+            ),
+            click.option("--logits", type=click.Choice(["same", "fp32"]), help="fp32 keeps the last product in fp32."),
+            click.option("--calibration", type=FILE, help="Text to measure ranges on; more of --text when absent."),
+            click.option("--calibration-windows", type=int, help="Windows to measure ranges on (default 8)."),
+        ]
+    )(function)
+
+
 def window_options(function: F) -> F:
     """Add what decides the inputs that models are compared on."""
     return _group(
@@ -136,12 +154,22 @@ def window_options(function: F) -> F:
 
 
 def quality_options(function: F) -> F:
-    """Add what a routed model may lose."""
-    return click.option(
-        "--max-perplexity-increase",
-        type=float,
-        metavar="SHARE",
-        help="Fail if routing raises the windows' perplexity by more (0.05: 5 %).",
+    """Add what routing and another precision may lose."""
+    return _group(
+        [
+            click.option(
+                "--max-perplexity-increase",
+                type=float,
+                metavar="SHARE",
+                help="Fail if the windows' perplexity rises by more (0.05: 5 %).",
+            ),
+            click.option(
+                "--min-top1-agreement",
+                type=float,
+                metavar="SHARE",
+                help="Fail if fewer positions keep their most likely token (0.995: 99.5 %).",
+            ),
+        ]
     )(function)
 
 
@@ -172,6 +200,7 @@ def engine_options(function: F) -> F:
                 help="Let the engine's caller give the thresholds, budgets and counts of a routed model.",
             ),
             click.option("--all-capacities", is_flag=True, default=None, help="One engine for every capacity."),
+            click.option("--max-batch", type=int, metavar="N", help="One engine for batches of 1 to N."),
         ]
     )(function)
 

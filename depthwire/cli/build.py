@@ -29,6 +29,7 @@ def command(
     check_memory: bool | None,
     route_inputs: bool | None,
     all_capacities: bool | None,
+    max_batch: int | None,
 ) -> None:
     """Build an engine from the artefact DIRECTORY and list it in its manifest."""
     from depthwire.api import build
@@ -43,6 +44,7 @@ def command(
             "check_memory": check_memory,
             "route_inputs": route_inputs,
             "all_capacities": all_capacities,
+            "max_batch": max_batch,
         },
         flags=True,
     ).build
@@ -55,6 +57,7 @@ def command(
         check_memory=options.check_memory,
         route_inputs=route_inputs,
         all_capacities=all_capacities,
+        max_batch=options.max_batch,
         stages=ui.stages(),
     )
     ui.result(engine.model_dump(mode="json"), show_engine(engine))

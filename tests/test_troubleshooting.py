@@ -12,6 +12,7 @@ STAGES = {
     "artifact",
     "attn-res",
     "build",
+    "bundle",
     "capture",
     "checkpoint",
     "cli",
@@ -20,6 +21,7 @@ STAGES = {
     "internal",
     "queries",
     "recipe",
+    "result",
     "route",
     "routed-model",
     "runtime",
@@ -47,7 +49,7 @@ def _codes() -> set[str]:
     stages = STAGES | {path.stem.replace("_", "-") for path in (ROOT / "passes").glob("[a-z]*_*.py")}
     found = {text for text in _strings() if CODE.fullmatch(text) and text.split(".")[0] in stages}
     tensors = {"route.budgets", "route.states", "route.thresholds", "route.valid"}
-    return found - {"build.log"} - tensors  # a file, and constants of a routed program
+    return found - {"build.log", "bundle.json", "result.json"} - tensors  # files, and constants of a routed program
 
 
 def _headings() -> list[str]:

@@ -1,0 +1,55 @@
+"""``bundle``: what a device needs to build and prove an engine, from an artefact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from depthwire._outdir import disk_full_as_error, require_space
+from depthwire.artifact import Artifact
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from depthwire.runtime.bundle import BundleInfo, BundleOptions
+    from depthwire.runtime.target import Target
+    from depthwire.stages import Stages
+
+BUNDLES = "bundles"
+"""Folder of an artefact with the manifest of every bundle that was made from it; results name one by its hash."""
+
+
+def bundle(directory: Path, device: Target, out: Path | None, options: BundleOptions, stages: Stages) -> BundleInfo:
+    """See ``depthwire.api.bundle``."""
+    from depthwire.runtime.bundle import check_bundle_out, write_bundle
+
+    place = out if out is not None else directory.with_name(f"{directory.resolve().name}-{device.name}")
+    check_bundle_out(place)
+    with stages.stage("load", str(directory)) as stage:
+        artifact = Artifact.load(directory)
+        stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
+    needed = stage.bytes
+    require_space(place, needed)
+    with stages.stage("bundle", device.name) as stage, disk_full_as_error(place, needed):
+        info = write_bundle(artifact, device, place, options, progress=lambda step: stage.progress(step, None))
+        stage.bytes = info.bytes
+        stage.detail = f"{device.name}, {info.bundle.form} form, {len(info.bundle.models)} engine(s) to build"
+        for proxy in info.bundle.proxies:
+            stage.note(f"{proxy.model}: {proxy.label}: {_outcome(proxy.passed)} ({proxy.detail})")
+    _record(artifact, info)
+    return info
+
+
+def _outcome(passed: bool | None) -> str:  # noqa: FBT001 - the three values of Proxy.passed
+    return "not run" if passed is None else "parsed" if passed else "REFUSED"
+
+
+def _record(artifact: Artifact, info: BundleInfo) -> None:
+    """Keep the bundle's manifest, so that a result can be told to belong to this artefact."""
+    from depthwire.runtime.deploy.manifest import BUNDLE
+
+    name = f"{BUNDLES}/{info.sha256[:16]}.json"
+    path = artifact.path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((info.root / BUNDLE).read_bytes())
+    artifact.add_file(name)
+    artifact.write_manifest()

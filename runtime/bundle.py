@@ -1,0 +1,360 @@
+"""Writes a device bundle: everything that a device needs to build an engine, prove it and measure it, without us.
+
+::
+
+    out/
+      bundle.json              ``deploy.manifest.Bundle``: what the device must be; names and hashes every other file
+      model.onnx  model.onnx.data   the graph in the form that the target's TensorRT reads, and its weights
+      goldens/<graph>/*.npy    inputs and expected outputs
+      build_and_verify.py lib/ the script and its modules; plugins/ where the form is ``plugin``
+      README.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from depthwire.artifact import GOLDENS, MANIFEST, WEIGHTS, sha256_file
+from depthwire.errors import ParityError, UsageError
+from depthwire.runtime import _bundle_goldens as goldens_
+from depthwire.runtime._bundle_graph import Graph, expose_routing, graphs_of
+from depthwire.runtime._bundle_platform import (
+    builder_options,
+    form_of,
+    platform_of,
+    predicted_bytes,
+    refuse_unfit,
+    with_flavour,
+)
+from depthwire.runtime._bundle_proxy import parse_as_proxy
+from depthwire.runtime._bundle_readme import readme
+from depthwire.runtime._bundle_script import write_script
+from depthwire.runtime._judge import output_kinds
+from depthwire.runtime.deploy.judge import judge_window
+from depthwire.runtime.deploy.manifest import (
+    BUNDLE,
+    SCHEMA_VERSION,
+    ArtifactId,
+    Bundle,
+    FileEntry,
+    LatencyProtocol,
+    Model,
+    Output,
+    Tensor,
+    encode,
+)
+from depthwire.runtime.deploy.steps import describe
+from depthwire.runtime.tolerances import tolerance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from onnx import ModelProto
+
+    from depthwire.artifact import Artifact
+    from depthwire.runtime.target import Target
+
+LATENCY_RUNS = 200
+_WARMUP_RUNS, _WARMUP_SECONDS = 20, 1.0
+_WORK = "work"
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """A bundle that was written.
+
+    Attributes:
+        root: Its directory.
+        sha256: Of its ``bundle.json``.
+        bytes: Of all its files.
+        bundle: Its manifest.
+    """
+
+    root: Path
+    sha256: str
+    bytes: int
+    bundle: Bundle
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it JSON-ready."""
+        return {"root": str(self.root), "sha256": self.sha256, "bytes": self.bytes, **asdict(self.bundle)}
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """What may be chosen of a bundle.
+
+    Attributes:
+        form: ``function`` or ``plugin``; the target's when ``None``.
+        flavour: ``tensorrt`` or ``tensorrt_rtx``; the target's when ``None``.
+        capacities: Of the graphs to bundle; all when empty.
+        latency_runs: Runs that are counted.
+        workspace_bytes: Limit of the builder's workspace; the target's when ``None``.
+        optimization_level: 0 to 5; the target's when ``None``.
+    """
+
+    form: str | None = None
+    flavour: str | None = None
+    capacities: tuple[str, ...] = ()
+    latency_runs: int = LATENCY_RUNS
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+
+
+def write_bundle(
+    artifact: Artifact,
+    target: Target,
+    out: Path,
+    options: BundleOptions | None = None,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> BundleInfo:
+    """Write the bundle of an artefact for a target; a directory that is there is replaced when the new one is whole.
+
+    Args:
+        artifact: The artefact.
+        target: For which device.
+        out: The directory (``check_bundle_out`` says whether it may be written).
+        options: What may be chosen.
+        progress: Called with the name of each step.
+
+    Raises:
+        UsageError: Nothing is built for the target, or an option does not fit it.
+        BuildError: The model does not fit the device.
+        ParityError: The graph, in the form it would travel in, does not compute the goldens (``bundle.self-check``).
+    """
+    options = options or BundleOptions()
+    _require_runs(options.latency_runs)
+    say = progress or (lambda _step: None)
+    target = with_flavour(target, options.flavour)
+    form = form_of(target, options.form, artifact.manifest.custom_ops)
+    chosen = graphs_of(artifact, options.capacities)
+    for graph in chosen:
+        refuse_unfit(artifact.with_graph(graph.file), target)
+    with _temporary_sibling(out) as root:
+        _link(artifact.path(WEIGHTS), root / WEIGHTS)
+        models = [_write_model(artifact, target, graph, root, say) for graph in chosen]
+        say("script")
+        write_script(root)
+        bundle = Bundle(
+            schema_version=SCHEMA_VERSION,
+            depthwire=artifact.manifest.depthwire,
+            target=target.name,
+            title=target.title,
+            artifact=artifact_id(artifact),
+            platform=platform_of(target),
+            form=form,
+            plugins=None,
+            precision=_precision(artifact),
+            task=artifact.manifest.source.task,
+            builder=builder_options(
+                target,
+                workspace_bytes=options.workspace_bytes,
+                optimization_level=options.optimization_level,
+                disk_bytes=_disk(models),
+            ),
+            models=tuple(models),
+            latency=LatencyProtocol(_WARMUP_RUNS, _WARMUP_SECONDS, options.latency_runs),
+            proxies=tuple(parse_as_proxy(root / model.file, model.file) for model in models),
+            notes=tuple(target.unconfirmed),
+            files={},
+        )
+        (root / "README.md").write_text(readme(bundle), encoding="utf-8")
+        say("hashes")
+        bundle.files.update(_entries(root))
+        (root / BUNDLE).write_text(encode(bundle), encoding="utf-8")
+        _replace(root, out)
+    size = sum(entry.bytes for entry in bundle.files.values())
+    return BundleInfo(out, sha256_file(out / BUNDLE), size, bundle)
+
+
+def artifact_id(artifact: Artifact) -> ArtifactId:
+    """Return what tells an artefact from every other: its graphs, weights and goldens, by hash."""
+    lasting = {name: entry.sha256 for name, entry in artifact.manifest.files.items() if "/" not in name}
+    files = {name: sha for name, sha in sorted(lasting.items()) if name.endswith((".onnx", ".data")) or name == GOLDENS}
+    return ArtifactId(sha256_file(artifact.root / MANIFEST), files)
+
+
+def check_bundle_out(out: Path) -> None:
+    """Refuse a directory that is neither new, nor empty, nor an earlier bundle.
+
+    Raises:
+        UsageError: ``bundle.output-exists``.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    found = "a symbolic link" if out.is_symlink() else "a file" if not out.is_dir() else None
+    if found is None and any(out.iterdir()):
+        try:
+            raw = json.loads((out / BUNDLE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raw = None
+        if not (isinstance(raw, dict) and {"schema_version", "depthwire", "target"} <= set(raw)):
+            found = f"a directory without a {BUNDLE} of ours"
+    if found is not None:
+        raise UsageError(
+            "bundle.output-exists",
+            "The output exists and is not a bundle",
+            at=str(out),
+            want="a new or empty directory, or a bundle to replace",
+            got=found,
+            todo="Choose another directory with -o, or remove this one yourself.",
+        )
+
+
+def _require_runs(runs: int) -> None:
+    if runs < 1:
+        raise UsageError(
+            "bundle.latency-runs",
+            "Latency cannot be measured with this number of runs",
+            at="--latency-runs",
+            want="1 or more",
+            got=str(runs),
+            todo=f"Leave it out for {LATENCY_RUNS}, or run the script with --skip-latency.",
+        )
+
+
+def _write_model(artifact: Artifact, target: Target, graph: Graph, root: Path, say: Callable[[str], None]) -> Model:
+    import onnx
+
+    say(f"graph {graph.file}")
+    proto = onnx.load(str(artifact.path(graph.file)), load_external_data=False)
+    routing = expose_routing(proto, graph)
+    _save(proto, root / graph.file)
+    outputs = _outputs(artifact)
+    stem = graph.file.removesuffix(".onnx")
+    inputs = tuple(Tensor(info.name, tuple(info.shape), info.dtype) for info in artifact.manifest.inputs)
+    own = graph.file == artifact.model.name
+    say(f"goldens of {graph.file}")
+    facts, predicted = predicted_bytes(artifact.with_graph(graph.file), target)
+    model = Model(
+        file=graph.file,
+        engine=f"{stem}.engine",
+        capacity=graph.capacity,
+        opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
+        inputs=inputs,
+        outputs=outputs,
+        routing=routing,
+        windows=0,
+        goldens=f"goldens/{stem}",
+        reference=goldens_.TORCH if own else goldens_.ONNX_RUNTIME,
+        routing_reference=goldens_.ONNX_RUNTIME if routing else "nothing is routed",
+        weight_bytes=facts.weight_bytes,
+        predicted_bytes=predicted,
+    )
+    return _write_goldens(artifact, model, root, own=own)
+
+
+def _write_goldens(artifact: Artifact, model: Model, root: Path, *, own: bool) -> Model:
+    """Write the goldens, and prove on the way that the graph, as it travels, computes them."""
+    import dataclasses
+
+    runner = goldens_.Runner(root / model.file)
+    if runner.problem:
+        if not own:
+            raise _self_check(model, f"ONNX Runtime cannot run it: {runner.problem}")
+        why = f"not compared: ONNX Runtime cannot run the graph here ({runner.problem})"
+        model = dataclasses.replace(model, routing=(), routing_reference=why if model.routing else "nothing is routed")
+    names = [output.name for output in model.outputs]
+    extra = list(dict.fromkeys(name for unit in model.routing for name in (unit.index, unit.taken)))
+    every = list(goldens_.windows(artifact, own_graph=own))
+    writer = goldens_.Writer(root / model.goldens, len(every))
+    for window, (feed, known) in enumerate(every):
+        ran = {} if runner.problem else runner([*names, *extra], feed)
+        expected = {name: ran[name] for name in names} if known is None else known
+        selections = {name: ran[name] for name in extra}
+        writer.add("input", window, feed)
+        writer.add("output", window, {**expected, **selections})
+        if known is not None and not runner.problem:
+            verdict = judge_window(model, artifact.manifest.source.task, {**expected, **selections}, ran, feed)
+            if not verdict["passed"]:
+                raise _self_check(model, f"window {window}: {describe(verdict)}")
+    writer.close()
+    return dataclasses.replace(model, windows=len(every))
+
+
+def _self_check(model: Model, got: str) -> ParityError:
+    return ParityError(
+        "bundle.self-check",
+        "The graph, as it would travel, does not compute the goldens",
+        at=model.file,
+        want="outputs within the tolerances, in ONNX Runtime on this machine",
+        got=got,
+        todo="Verify the artefact ('depthwire verify'); if that passes, report this.",
+    )
+
+
+def _outputs(artifact: Artifact) -> tuple[Output, ...]:
+    kinds, causal = output_kinds(artifact.manifest), artifact.manifest.source.task == "causal-lm"
+    scored = causal and any(info.name == "input_ids" for info in artifact.manifest.inputs)
+    outputs = []
+    for info in artifact.manifest.outputs:
+        kind, computed = kinds[info.name], info.dtype
+        budget = tolerance(computed, kind)
+        nll = tolerance(computed, "nll").atol if scored and kind == "logits" else None
+        shape = tuple(info.shape)
+        outputs.append(
+            Output(info.name, shape, info.dtype, kind, computed, budget.rtol, budget.atol, budget.reason, nll)
+        )
+    return tuple(outputs)
+
+
+def _precision(artifact: Artifact) -> str:
+    dtypes = artifact.manifest.dtypes
+    return next((short for long, short in (("bfloat16", "bf16"), ("float16", "fp16")) if long in dtypes), "fp32")
+
+
+def _disk(models: Sequence[Model]) -> int:
+    # Engines are about as large as their weights; each is written beside the one it replaces; outputs are small.
+    return sum(model.weight_bytes for model in models) * 2 + 256 * 2**20
+
+
+def _save(model: ModelProto, path: Path) -> None:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _entries(root: Path) -> dict[str, FileEntry]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): FileEntry(path.stat().st_size, sha256_file(path)) for path in files}
+
+
+@contextlib.contextmanager
+def _temporary_sibling(out: Path) -> Iterator[Path]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    root = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _replace(root: Path, out: Path) -> None:
+    """Rename the finished directory into place; an old one is moved aside first, and its work directory is kept."""
+    if not out.exists():
+        root.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        root.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    if (old / _WORK).is_dir():
+        (old / _WORK).rename(out / _WORK)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,45 @@
+"""A device and a bundle for it, shared by the tests of what runs there."""
+
+from __future__ import annotations
+
+import shutil
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import pytest
+
+from depthwire.runtime.bundle import write_bundle
+from depthwire.runtime.target import load_target
+from tests.routed_tiny import write_routed
+from tests.runtime.deploy.device import make_python
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from depthwire.artifact import Artifact
+
+
+@pytest.fixture(scope="session")
+def device_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The device's interpreter."""
+    return make_python(tmp_path_factory.mktemp("device") / "venv")
+
+
+@pytest.fixture(scope="session")
+def routed_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A tiny routed decoder with graphs of two capacities; not to be changed."""
+    folder = tmp_path_factory.mktemp("artefact")
+    return write_routed(folder / "routed", (Fraction(1, 4),), target="decomposed")
+
+
+@pytest.fixture(scope="session")
+def rtx_bundle(routed_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle for TensorRT-RTX; not to be changed."""
+    out = tmp_path_factory.mktemp("bundle") / "rtx"
+    return write_bundle(routed_artifact, load_target("rtx"), out).root
+
+
+@pytest.fixture
+def bundle(rtx_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be changed."""
+    return shutil.copytree(rtx_bundle, tmp_path / "bundle")

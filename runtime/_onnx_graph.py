@@ -60,7 +60,7 @@ class _Walk:
     def _count_node(self, node: NodeProto, prefix: str) -> int:
         name = prefix + (node.name or next(iter(node.output), node.op_type))
         key = (node.domain, node.op_type)
-        self.weight_bytes += sum(map(_tensor_bytes, _tensors(node.attribute)))
+        self.weight_bytes += sum(map(tensor_bytes, _tensors(node.attribute)))
         inner = sum(self._count_graph(graph, prefix) for graph in _subgraphs(node))
         if key in self.functions:
             return inner + self._count_function(key)
@@ -71,7 +71,7 @@ class _Walk:
         return inner + 1
 
     def _count_graph(self, graph: GraphProto, prefix: str) -> int:
-        self.weight_bytes += sum(map(_tensor_bytes, graph.initializer))
+        self.weight_bytes += sum(map(tensor_bytes, graph.initializer))
         return self.count(graph.node, prefix)
 
     def _count_function(self, key: _Key) -> int:
@@ -106,7 +106,7 @@ def read_graph(path: Path) -> GraphFacts:
         ) from error
     graph = model.graph
     walk = _Walk({(function.domain, function.name): function for function in model.functions})
-    walk.weight_bytes = sum(map(_tensor_bytes, graph.initializer))
+    walk.weight_bytes = sum(map(tensor_bytes, graph.initializer))
     nodes = walk.count(graph.node, "")
     return GraphFacts(
         nodes=nodes,
@@ -129,7 +129,8 @@ def _float32_products(graph: GraphProto) -> Iterator[str]:
             yield node.name or node.output[0]
 
 
-def _tensor_bytes(tensor: TensorProto) -> int:
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Return the bytes of a tensor's data; two elements of a four-bit type share one."""
     import onnx
 
     count: int = math.prod(tensor.dims)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from depthwire.errors import InternalError, UsageError
 from depthwire.runtime._target_checks import PLUGINS_SINCE, require_form, require_precision, version_of
+from depthwire.runtime.footprint import EngineModel  # noqa: TC001 - pydantic reads the annotation
 from depthwire.runtime.memory import MemoryModel  # noqa: TC001 - pydantic reads the annotation
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Target(BaseModel):
         memory_bytes: Nominal memory for engine and activations, 10**9 bytes a GB; ``None`` where targets differ.
         memory_is_unified: Whether CPU and GPU share that memory, so that the system and the builder take from it.
         reserved_bytes: Assumed to be taken by the system, its carve-outs and the driver, before anything is loaded.
+        context_bytes: Assumed size of the CUDA context and the builder's runtime.
         jetpack: JetPack release whose other facts these are; ``None`` for what is no Jetson.
         l4t: Release of Jetson Linux that comes with it, ``36.4``.
         cuda: CUDA toolkit that comes with it.
@@ -106,6 +108,7 @@ class Target(BaseModel):
         workspace_bytes: Limit of the builder's workspace, or ``None`` for the builder's own default.
         power_modes: Names of the power modes of ``nvpmodel``, as far as they are known.
         memory: Prediction of the builder's peak memory, or ``None`` where nothing is built.
+        engine: Prediction of an engine's size, or ``None`` where nothing is built.
         variants: Other JetPack releases of the board, by their version.
         notes: Facts worth knowing before a build.
         unconfirmed: Statements that were never tried on the hardware.
@@ -126,6 +129,7 @@ class Target(BaseModel):
     memory_bytes: int | None = Field(default=None, gt=0)
     memory_is_unified: bool = False
     reserved_bytes: int = Field(default=0, ge=0)
+    context_bytes: int = Field(default=0, ge=0)
     jetpack: str | None = None
     l4t: str | None = None
     cuda: str | None = None
@@ -146,6 +150,7 @@ class Target(BaseModel):
     workspace_bytes: int | None = Field(default=None, gt=0)
     power_modes: tuple[str, ...] = ()
     memory: MemoryModel | None = None
+    engine: EngineModel | None = None
     variants: dict[str, Variant] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unconfirmed: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from depthwire._mapped import release
+from depthwire.export._quantized_weights import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -126,6 +127,13 @@ def inline_small(model: ir.Model) -> None:
 
 def _write_tensor(tensor: ir.TensorProtocol, file: _HashingFile) -> None:
     array = _storage_view(tensor)
+    if tensor.dtype == ir.DataType.INT4:
+        # Two elements a byte: an even number of rows fills whole bytes, whatever the width.
+        rows = 2 * max(1, _CHUNK_ROWS_BYTES // max(1, 2 * array[0].nbytes))
+        for start in range(0, array.shape[0], rows):
+            file.write(packed(np.ascontiguousarray(array[start : start + rows])).data)
+        _release(tensor)
+        return
     if array.flags.c_contiguous:
         file.write(array.reshape(-1).view(np.uint8).data)
         _release(tensor)

@@ -108,11 +108,12 @@ def _clean(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     from depthwire.export._attention_heads import AttentionHeads
+    from depthwire.export._quantized_weights import PackInt4, TransposeQuantized
     from depthwire.export._transpose_weights import TransposeWeights
 
     with logs_disabled(logging.WARNING):
         # First, because folding would copy every transposed weight and name it val_101.
-        TransposeWeights()(model)
+        Sequential(TransposeWeights(), PackInt4(), TransposeQuantized())(model)
         optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_should_fold)
         Sequential(
             passes.IdentityEliminationPass(),

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 
     from depthwire.program import Program
 
-VERBS = ("analyze", "canonicalize", "lift", "recognize", "fuse", "schedule", "route", "remove", "legalize")
+VERBS = (
+    "analyze",
+    "canonicalize",
+    "lift",
+    "recognize",
+    "fuse",
+    "schedule",
+    "route",
+    "remove",
+    "legalize",
+    "cast",
+    "quantize",
+)
 
 
 @dataclass(frozen=True)

@@ -133,12 +133,36 @@ class GraphEditor:
         self._constants[fqn] = tensor
         return self._add_input(InputKind.CONSTANT_TENSOR, "c_", fqn, tensor)
 
+    def drop_weight(self, node: torch.fx.Node) -> None:
+        """Remove a parameter or buffer that nothing reads any more, under all of its names.
+
+        Raises:
+            ValueError: Something reads it.
+        """
+        if node.users:
+            raise ValueError(f"{node.name} is read by {', '.join(user.name for user in node.users)}")
+        position = self._placeholders.index(node)
+        spec = self._input_specs.pop(position)
+        del self._placeholders[position]
+        self.graph.erase_node(node)
+        for kind, end in self._ends.items():
+            self._ends[kind] = end - (position < end)
+        dropped = self._state.pop(str(spec.target))
+        used = {str(other.target) for other in self._input_specs}
+        for name, tensor in list(self._state.items()):
+            if tensor is dropped and name not in used:
+                del self._state[name]
+
     def free_constant_name(self, stem: str) -> str:
         """Return ``stem_N`` with the smallest N that no weight or constant has yet."""
         number = 0
-        while f"{stem}_{number}" in self._constants or f"{stem}_{number}" in self._state:
+        while not self.is_free(f"{stem}_{number}"):
             number += 1
         return f"{stem}_{number}"
+
+    def is_free(self, fqn: str) -> bool:
+        """Tell whether no weight or constant has a name yet."""
+        return fqn not in self._constants and fqn not in self._state
 
     def fake_value(self, node: torch.fx.Node) -> Any:
         """Compute the shape and dtype of a node from those of its inputs."""

@@ -22,6 +22,7 @@ from depthwire.ops.attn_res_two_phase import (
     attn_res_merge_norm,
 )
 from depthwire.ops.move_tokens import gather_tokens, scatter_tokens
+from depthwire.ops.quantize import dequantize, quantize
 from depthwire.ops.select_tokens import canonical_score, select_tokens, select_tokens_budget
 from depthwire.ops.surprise_score import surprise_score
 
@@ -38,7 +39,9 @@ __all__ = [
     "attn_res_read_norm",
     "attn_res_read_reference",
     "canonical_score",
+    "dequantize",
     "gather_tokens",
+    "quantize",
     "read_weights",
     "scatter_tokens",
     "select_tokens",

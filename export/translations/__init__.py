@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 def translations() -> dict[str, Callable[..., Any]]:
     """Return qualified torch name, with the overload unless it is the default -> callable that emits the ONNX nodes."""
     from depthwire.export.translations.grouped_mm import aten_grouped_mm, grouped_mm
+    from depthwire.export.translations.quantize import dequantize, quantize
     from depthwire.export.translations.rotary_embedding import rotary_embedding
     from depthwire.export.translations.to_dtype import to_dtype
 
@@ -18,6 +19,8 @@ def translations() -> dict[str, Callable[..., Any]]:
         "transformers::grouped_mm_fallback": grouped_mm,
         "aten::_grouped_mm": aten_grouped_mm,
         "aten::to.dtype": to_dtype,
+        "depthwire::dequantize": dequantize,
+        "depthwire::quantize": quantize,
         "onnx::RotaryEmbedding.opset23": rotary_embedding,
     }
 

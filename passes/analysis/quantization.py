@@ -1,0 +1,346 @@
+"""How the linear layers of a program are quantised: integers and scales of weights, scales of activations.
+
+``calibrate`` runs the program on text and returns a ``QuantizationPlan``, which ``QuantizeLinear`` puts into a graph.
+The plan knows weights by their names in the model, so it applies to every graph over the same weights.
+
+``int8``: weights per output channel, activations per tensor with a fixed scale, both symmetric. A layer whose output
+moves too much by rounding its input (a few channels of some activations are a thousand times larger than the others)
+keeps its activation as it is; its weight alone is int8. ``int4-weights``: weights in blocks along the summed axis.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from depthwire._mapped import release
+from depthwire.errors import UsageError
+from depthwire.ops.quantize import dequantize_reference, quantize_reference
+from depthwire.passes._base import Decline, where
+from depthwire.passes.analysis.observe import observe
+from depthwire.passes.analysis.quantization_linears import Linear, find_linears
+from depthwire.passes.analysis.quantization_ranges import Histogram
+from depthwire.passes.analysis.quantization_rounding import Grid, output_error, round_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from depthwire.program import Program
+
+Kind = Literal["int8", "int4-weights"]
+
+BLOCK = 32
+"""Weights along the summed axis that share a scale in ``int4-weights``."""
+ACTIVATION_ERROR = 1e-3
+"""How much of the energy of a layer's output may be lost by rounding its input."""
+_MEASURED = 4  # windows on which the cost of rounding activations is measured
+_MOMENT_BYTES = 2 << 30  # second moments held at once; more layers take more runs of the program
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight as it is stored, and what its layers do with their input.
+
+    Attributes:
+        values: int8, of the weight's shape.
+        scale: fp32 ``[channels]``, or with blocks of the weight's rank, fewer along ``axis``.
+        axis: The axis of the channels, or that of the blocks.
+        block: Weights that share a scale; 0 for one scale a channel.
+        bits: 8 or 4.
+        activation: The scale of the layers' input; ``None`` leaves it as it is.
+        weight_error: Share of the output's energy lost by rounding the weight, on the calibration inputs.
+        activation_error: The same of rounding the input; ``None`` for ``int4-weights``.
+        reason: Why the input is left alone.
+    """
+
+    values: Tensor
+    scale: Tensor
+    axis: int
+    block: int
+    bits: int
+    activation: float | None = None
+    weight_error: float = 0.0
+    activation_error: float | None = None
+    reason: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file with fp32 scales."""
+        return self.values.numel() * self.bits // 8 + self.scale.numel() * 4
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the numbers as JSON-ready values."""
+        return {
+            "bits": self.bits,
+            "block": self.block,
+            "activation_scale": self.activation,
+            "weight_error": self.weight_error,
+            "activation_error": self.activation_error,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What ``QuantizeLinear`` does to which weight.
+
+    Attributes:
+        kind: What was asked for.
+        weights: By the name of the parameter.
+        kept: Linear weights that stay as they are, and why.
+        tokens: Rows of activations that the plan was made from, at the layer that saw most.
+    """
+
+    kind: Kind
+    weights: Mapping[str, QuantizedWeight]
+    kept: Mapping[str, Decline] = field(default_factory=dict)
+    tokens: int = 0
+
+    @property
+    def weight_only(self) -> tuple[str, ...]:
+        """Names of the weights whose layers take their input as it is."""
+        return tuple(name for name, weight in self.weights.items() if weight.activation is None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantised weights in a file with fp32 scales."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def float_nbytes(self) -> int:
+        """Bytes of the same weights in fp32."""
+        return sum(weight.values.numel() * 4 for weight in self.weights.values())
+
+    def __str__(self) -> str:
+        bits = sorted({weight.bits for weight in self.weights.values()})
+        each = ", ".join(f"{sum(w.bits == b for w in self.weights.values())} in {b} bits" for b in bits)
+        quantized = len(self.weights) - len(self.weight_only)
+        return f"{self.kind}: {each or 'no weights'}, {quantized} with int8 inputs, {len(self.kept)} kept"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan without the numbers as JSON-ready values."""
+        return {
+            "kind": self.kind,
+            "tokens": self.tokens,
+            "weights": {name: weight.as_dict() for name, weight in self.weights.items()},
+            "kept": {name: decline.as_dict() for name, decline in self.kept.items()},
+        }
+
+
+def calibrate(
+    program: Program,
+    feeds: Sequence[Mapping[str, Tensor]],
+    kind: Kind,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> QuantizationPlan:
+    """Run a program on calibration inputs and decide how each of its linear weights is quantised.
+
+    Args:
+        program: A program behind the standard passes, in the dtype that it was trained in.
+        feeds: Inputs by name; text that nothing is measured on afterwards. 16 windows of 512 tokens are plenty.
+        kind: Weights and activations in 8 bits, or weights in 4.
+        progress: Called with a line a stage.
+
+    Raises:
+        UsageError: There are no inputs (``quantize.no-inputs``).
+    """
+    if not feeds:
+        raise UsageError(
+            "quantize.no-inputs",
+            "Quantisation needs inputs to calibrate on",
+            at="calibrate",
+            want="at least one set of inputs, such as a window of text",
+            got="none",
+            todo="Give a text with --text that is longer than the windows that are compared.",
+        )
+    return _Calibration(program, feeds, kind, progress or _silent).plan()
+
+
+def _silent(_line: str) -> None:
+    pass
+
+
+class _Calibration:
+    def __init__(
+        self, program: Program, feeds: Sequence[Mapping[str, Tensor]], kind: Kind, progress: Callable[[str], None]
+    ) -> None:
+        self._program, self._feeds, self._kind, self._progress = program, feeds, kind, progress
+        linears = find_linears(program)
+        self._linears, self._kept = dict(linears.found), dict(linears.kept)
+        self._held = {**program.exported.constants, **program.exported.state_dict}
+        self._block = BLOCK if kind == "int4-weights" else 0
+        self._tokens = 0
+        for name, each in linears.found.items():
+            decline = refuse_block(each[0], self._block)
+            if decline is not None:
+                self._kept[name] = decline
+                del self._linears[name]
+
+    def plan(self) -> QuantizationPlan:
+        weights: dict[str, QuantizedWeight] = {}
+        with torch.no_grad():
+            for names in self._rounds():
+                weights.update(self._quantize(names))
+        ordered = {name: weights[name] for name in self._linears}
+        return QuantizationPlan(self._kind, ordered, self._kept, self._tokens)
+
+    def _rounds(self) -> Iterator[list[str]]:
+        """Yield the weights whose second moments fit into memory together."""
+        names: list[str] = []
+        inputs: set[torch.fx.Node] = set()
+        for name, linears in self._linears.items():
+            more = {linear.input for linear in linears}
+            if names and sum(_moment_bytes(node) for node in inputs | more) > _MOMENT_BYTES:
+                yield names
+                names, inputs = [], set()
+            names.append(name)
+            inputs |= more
+        if names:
+            yield names
+
+    def _quantize(self, names: list[str]) -> dict[str, QuantizedWeight]:
+        observed = _Observed(self._importance(names), histograms=self._kind == "int8")
+        for index, feed in enumerate(self._feeds):
+            observe(self._program, feed, observed.visit)
+            self._progress(f"inputs of {len(names)} layers: {index + 1} of {len(self._feeds)} windows")
+        self._tokens = max(self._tokens, *observed.rows.values())
+        weights = {}
+        for index, name in enumerate(names):
+            weights[name] = self._weight(name, observed)
+            self._progress(f"weights: {index + 1} of {len(names)}")
+        return self._activations(weights, observed) if self._kind == "int8" else weights
+
+    def _matrix(self, name: str) -> Tensor:
+        """Return a weight as fp32 ``[N, K]``."""
+        stored: Tensor = self._held[name].detach()
+        return (stored if self._linears[name][0].axis else stored.T).to(torch.float32)
+
+    def _importance(self, names: Iterable[str]) -> dict[torch.fx.Node, Tensor]:
+        """Return, for every input, what an error of 1 in each of its channels costs its layers."""
+        costs: dict[torch.fx.Node, Tensor] = {}
+        for name in names:
+            energy = self._matrix(name).square().sum(0)
+            release(self._held[name])
+            for node in {linear.input for linear in self._linears[name]}:
+                costs[node] = costs[node] + energy if node in costs else energy
+        return costs
+
+    def _weight(self, name: str, observed: _Observed) -> QuantizedWeight:
+        axis = self._linears[name][0].axis
+        matrix = self._matrix(name)
+        moment = torch.stack([observed.moments[node] for node in self._inputs(name)]).sum(0)
+        grid = Grid(4 if self._kind == "int4-weights" else 8, self._block)
+        values, scale = round_weight(matrix, moment, grid)
+        found = dequantize_reference(values, scale, 1, matrix.shape[1] // scale.shape[1])
+        lost = output_error(matrix, found, moment)
+        release(self._held[name])
+        if not axis:
+            values, scale = values.T.contiguous(), scale.T.contiguous()
+        if not grid.block:
+            scale = scale.flatten()
+        return QuantizedWeight(
+            values, scale, axis if grid.block else 1 - axis, grid.block, grid.bits, weight_error=lost
+        )
+
+    def _inputs(self, name: str) -> list[torch.fx.Node]:
+        return list(dict.fromkeys(linear.input for linear in self._linears[name]))
+
+    def _activations(self, weights: dict[str, QuantizedWeight], observed: _Observed) -> dict[str, QuantizedWeight]:
+        """Give the layers scales for their inputs, those apart that lose too much by it."""
+        groups: dict[tuple[torch.fx.Node, ...], list[str]] = defaultdict(list)
+        for name in weights:
+            groups[tuple(self._inputs(name))].append(name)
+        scales = {key: _merged([observed.histograms[node] for node in key]).scale() for key in groups}
+        lost = self._losses(weights, groups, scales)
+        result = {}
+        for key, names in groups.items():
+            worst = max(lost[name] for name in names)
+            for name in names:
+                reason = _reason(self._linears[name], worst)
+                activation = None if reason else scales[key]
+                result[name] = replace(weights[name], activation=activation, activation_error=lost[name], reason=reason)
+        return result
+
+    def _losses(
+        self,
+        weights: Mapping[str, QuantizedWeight],
+        groups: Mapping[tuple[torch.fx.Node, ...], list[str]],
+        scales: Mapping[tuple[torch.fx.Node, ...], float],
+    ) -> dict[str, float]:
+        """Return the share of every layer's output energy that is lost by rounding its input."""
+        wanted: dict[torch.fx.Node, list[tuple[str, float]]] = defaultdict(list)
+        for key, names in groups.items():
+            for node in key:
+                wanted[node] += [(name, scales[key]) for name in names]
+        lost, whole = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+
+        def visit(node: torch.fx.Node, x: Any) -> None:
+            for name, scale in wanted.get(node, ()):
+                rows = x.detach().to(torch.float32)
+                moved = dequantize_reference(quantize_reference(rows, torch.tensor(scale)), torch.tensor(scale)) - rows
+                matrix = self._matrix(name)
+                lost[name] += float((moved @ matrix.T).square().sum())
+                whole[name] += float((rows @ matrix.T).square().sum())
+
+        for index, feed in enumerate(self._feeds[:_MEASURED]):
+            observe(self._program, feed, visit)
+            self._progress(f"rounded inputs: {index + 1} of {min(len(self._feeds), _MEASURED)} windows")
+        return {name: lost[name] / whole[name] if whole[name] else 0.0 for name in weights}
+
+
+class _Observed:
+    """What a run of the program shows of the inputs of some layers."""
+
+    def __init__(self, importance: Mapping[torch.fx.Node, Tensor], *, histograms: bool) -> None:
+        self._importance = importance
+        self.moments: dict[torch.fx.Node, Tensor] = {
+            node: torch.zeros(len(costs), len(costs)) for node, costs in importance.items()
+        }
+        self.histograms = {node: Histogram() for node in importance} if histograms else {}
+        self.rows = dict.fromkeys(importance, 0)
+
+    def visit(self, node: torch.fx.Node, x: Any) -> None:
+        moment = self.moments.get(node)
+        if moment is None:
+            return
+        rows = x.detach().to(torch.float32).reshape(-1, x.shape[-1])
+        moment.addmm_(rows.T, rows)
+        self.rows[node] += len(rows)
+        if node in self.histograms:
+            self.histograms[node].add(rows, self._importance[node])
+
+
+def _merged(histograms: Sequence[Histogram]) -> Histogram:
+    counts = torch.stack([histogram.counts for histogram in histograms]).sum(0)
+    return Histogram(counts, max(histogram.largest for histogram in histograms))
+
+
+def _reason(linears: Sequence[Linear], lost: float) -> str:
+    if any(linear.source for linear in linears):
+        return "its input is a source of an AttnRes read"
+    if lost > ACTIVATION_ERROR:
+        return f"rounding the input would cost {lost:.1e} of the output's energy, more than {ACTIVATION_ERROR:.0e}"
+    return ""
+
+
+def _moment_bytes(node: torch.fx.Node) -> int:
+    width: int = node.meta["val"].shape[-1]
+    return 4 * width * width
+
+
+def refuse_block(linear: Linear, block: int) -> Decline | None:
+    """Return why a weight cannot be divided into blocks; ``None`` if it can, or need not."""
+    tensor = linear.weight.meta["val"]
+    if block and tensor.shape[linear.axis] % block:
+        return Decline(
+            "quantize-linear.block",
+            where(linear.node),
+            f"a multiple of {block} along the summed axis",
+            f"a weight {list(tensor.shape)} that is summed over axis {linear.axis}",
+        )
+    return None

@@ -1,4 +1,4 @@
-"""``convert`` and its plan: the stages in order, and what stays behind when one of them fails."""
+"""``convert`` and its dry run: the stages in order, and what stays behind when one of them fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from depthwire import _flow
 from depthwire._build import build_stage, has_engine, require_backend
 from depthwire._outdir import check_out, disk_full_as_error, free_bytes, removed_unless_vouched, require_space
 from depthwire._quality import quality_stage
-from depthwire._results import Plan, Result, VerificationError
+from depthwire._results import DryRun, Result, VerificationError
 from depthwire._verify import verify_stage
 from depthwire.errors import DepthwireError
 from depthwire.report import make_report, write_report
@@ -38,6 +38,7 @@ class _Run:
     stages: Stages
     original: Program
     rewritten: _flow.Rewritten
+    windows: Sequence[Window]
 
 
 def convert(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples: Examples) -> Result:
@@ -46,10 +47,11 @@ def convert(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examp
     target = _target(recipe)
     original = _flow.capture_stage(source, recipe, stages, examples)
     rewritten = _flow.rewrite_stage(original, recipe, target, stages)
-    run = _Run(out, recipe, target, stages, original, rewritten)
+    count = max(recipe.goldens.count, recipe.verify.windows if recipe.verify.enabled else 1)
+    windows, rewritten = _flow.precise(original, rewritten, recipe, target=target, count=count, stages=stages)
+    run = _Run(out, recipe, target, stages, original, rewritten, windows)
     with removed_unless_vouched(out):
-        windows, artifact = _export_stages(run)
-        return _prove_and_build(run, artifact, windows)
+        return _prove_and_build(run, _export_stages(run))
 
 
 def _target(recipe: Recipe) -> Target:
@@ -63,44 +65,45 @@ def _target(recipe: Recipe) -> Target:
     return target
 
 
-def _export_stages(run: _Run) -> tuple[Sequence[Window], Artifact]:
-    """Run the original on the goldens' windows, translate the rewritten program, write both."""
-    recipe, stages = run.recipe, run.stages
+def _export_stages(run: _Run) -> Artifact:
+    """Run on the goldens' windows what the file must compute, translate the program, write both."""
+    recipe, stages, deployed = run.recipe, run.stages, run.rewritten.deployed
     opset = recipe.opset or run.target.opset
-    needed = sum(bytes_by_part(run.rewritten.program, recipe).values())
+    needed = sum(bytes_by_part(run.rewritten.written, recipe).values())
     require_space(run.out, needed)
     with stages.stage("goldens") as stage:
         from depthwire.export.goldens import make_goldens
 
-        count = max(recipe.goldens.count, recipe.verify.windows if recipe.verify.enabled else 1)
-        windows = _flow.make_windows(run.original, recipe, count)
-        goldens = make_goldens(run.rewritten.reference, windows[: recipe.goldens.count])
+        reference = run.rewritten.reference if deployed is None else deployed.program
+        goldens = make_goldens(reference, run.windows[: recipe.goldens.count])
         what = "original" if run.rewritten.route is None else "routed model"
-        stage.detail = f"{what} run on {len(goldens.inputs)} of {len(windows)} windows"
+        what = what if deployed is None else f"{recipe.precision.kind} model"
+        stage.detail = f"{what} run on {len(goldens.inputs)} of {len(run.windows)} windows"
     with stages.stage("export", f"opset {opset}") as stage, disk_full_as_error(run.out, needed):
         from depthwire.export.to_onnx import to_onnx
         from depthwire.export.write import write_artifact
 
         stage.update("translating")
         carry = bool(recipe.route.carry)
-        model = to_onnx(run.rewritten.program, opset=opset, carry=carry)
+        model = to_onnx(run.rewritten.written, opset=opset, carry=carry)
         routed = _routed_graphs(run.rewritten, opset, carry=carry)
         artifact = write_artifact(
             run.out,
             original=run.original,
-            rewritten=run.rewritten.program,
+            rewritten=run.rewritten.written,
             model=model,
             goldens=goldens,
             recipe=recipe.resolved(),
             checkpoints=run.rewritten.checkpoints,
             progress=lambda done, total: stage.progress("writing weights", done / max(total, 1)),
             routed=routed,
+            precision=None if deployed is None else deployed.info,
         )
         stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
         stage.detail += f", {len(model.graph)} nodes"
         if run.rewritten.variants:
             stage.detail += f", graphs of {len(run.rewritten.variants)} more capacities"
-    return windows, artifact
+    return artifact
 
 
 def _routed_graphs(rewritten: _flow.Rewritten, opset: int, *, carry: bool) -> RoutedGraphs | None:
@@ -111,19 +114,23 @@ def _routed_graphs(rewritten: _flow.Rewritten, opset: int, *, carry: bool) -> Ro
     if rewritten.route is None:
         return None
     capacities = {graph_name(share): share for share in (each.route.spec.capacity[0] for each in rewritten.variants)}
-    models = [to_onnx(each.program, opset=opset, carry=carry) for each in rewritten.variants]
+    models = [to_onnx(each.written, opset=opset, carry=carry) for each in rewritten.variants]
     return RoutedGraphs(rewritten.route.spec, dict(zip(capacities, models, strict=True)), capacities)
 
 
-def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -> Result:
-    recipe, stages = run.recipe, run.stages
+def _prove_and_build(run: _Run, artifact: Artifact) -> Result:
+    recipe, stages, windows = run.recipe, run.stages, run.windows
     verdict: VerifyReport | None = None
     engine: EngineInfo | None = None
     failure: DepthwireError | None = None
     quality: dict[str, Any] | None = None
     try:
-        if run.rewritten.route is not None:
-            quality = quality_stage(run.original, run.rewritten.reference, windows, recipe, stages)
+        programs = _programs(run)
+        if len(programs) > 1:
+            quality = quality_stage(programs, windows, recipe, stages)
+            if artifact.manifest.precision is not None:
+                artifact.manifest.precision.quality = quality
+                artifact.write_manifest()
         if recipe.verify.enabled:
             # A file of inputs says itself how many windows there are.
             chosen = windows if recipe.goldens.inputs is not None else windows[: recipe.verify.windows]
@@ -143,8 +150,19 @@ def _prove_and_build(run: _Run, artifact: Artifact, windows: Sequence[Window]) -
     return Result(artifact, document, verdict, engine, stages)
 
 
-def plan(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples: Examples) -> Plan:
-    """See ``depthwire.api.plan``."""
+def _programs(run: _Run) -> dict[str, Program]:
+    """Return the programs that compute different functions: the original first, what is deployed last."""
+    rewritten = run.rewritten
+    found = {"original": run.original}
+    if rewritten.route is not None:
+        found["routed"] = rewritten.reference
+    if rewritten.deployed is not None:
+        found["deployed"] = rewritten.deployed.program
+    return found
+
+
+def dry_run(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples: Examples) -> DryRun:
+    """See ``depthwire.api.dry_run``."""
     out = None if recipe.out is None else check_out(recipe.out, force=force)
     target = _target(recipe)
     original = _flow.capture_stage(source, recipe, stages, examples)
@@ -159,7 +177,7 @@ def plan(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examples
         if has_engine(target)
         else [],
     }
-    return Plan(
+    return DryRun(
         recipe=recipe,
         source=_flow.source_dict(original),
         target=facts,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from depthwire._precision import Deployed
     from depthwire.passes._base import Pass
     from depthwire.passes.analysis.residual_stream import ResidualStream
     from depthwire.program import Program
@@ -43,6 +44,9 @@ def capture_stage(source: Model, recipe: Recipe, stages: Stages, examples: Examp
         from depthwire.program import Program
 
         options = recipe.source.model_dump(exclude={"reference"})
+        if recipe.precision.kind != "fp32" and isinstance(source, (str, Path)) and Path(source).suffix != ".pt2":
+            # The graph's dtypes are decided behind the passes, from fp32: a checkpoint's storage is not its arithmetic.
+            options["dtype"] = options["dtype"] or "fp32"
         if isinstance(source, Program):
             _refuse_source_options(recipe)
             program = source
@@ -74,6 +78,12 @@ class Variant:
     route: RouteParts
     program: Program
     reference: Program
+    deployed: Deployed | None = None
+
+    @property
+    def written(self) -> Program:
+        """The program to translate."""
+        return self.program if self.deployed is None else self.deployed.program
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,7 @@ class Rewritten:
             the routing alone.
         route: What is routed; ``None`` if nothing is.
         variants: The same at further capacities.
+        deployed: What is written in place of ``program``, where another precision than fp32 was asked for.
     """
 
     program: Program
@@ -96,6 +107,12 @@ class Rewritten:
     reference: Program
     route: RouteParts | None = None
     variants: tuple[Variant, ...] = ()
+    deployed: Deployed | None = None
+
+    @property
+    def written(self) -> Program:
+        """The program to translate."""
+        return self.program if self.deployed is None else self.deployed.program
 
 
 def rewrite_stage(program: Program, recipe: Recipe, target: Target | None, stages: Stages) -> Rewritten:
@@ -225,6 +242,30 @@ def make_windows(program: Program, recipe: Recipe, count: int) -> Sequence[Windo
     if goldens.text is not None:
         return text_windows(program, goldens.text, count=count)
     return random_inputs(program, count=count, seed=goldens.seed)
+
+
+def precise(
+    original: Program, rewritten: Rewritten, recipe: Recipe, *, target: Target, count: int, stages: Stages
+) -> tuple[Sequence[Window], Rewritten]:
+    """Make the windows to compare on, and bring the programs to the precision asked for.
+
+    Args:
+        original: The captured program.
+        rewritten: What the passes made of it.
+        recipe: The windows' origin, and the precision.
+        target: What the graph is for.
+        count: Windows to compare on; a file of inputs gives as many as it holds.
+        stages: Where the stages are recorded.
+    """
+    from depthwire._precision import calibration_count, calibration_windows, precision_stage
+
+    spare = calibration_count(recipe)
+    windows = make_windows(original, recipe, count + spare)
+    if recipe.precision.kind == "fp32":
+        return windows, rewritten
+    kept = windows[: len(windows) - spare]
+    measured, origin = calibration_windows(original, recipe, windows[len(kept) :] or windows)
+    return kept, precision_stage(rewritten, recipe, target, measured, origin=origin, stages=stages)
 
 
 def inspect(source: Model, recipe: Recipe, stages: Stages, examples: Examples) -> Inspection:

@@ -68,6 +68,7 @@ class Options(TypedDict, total=False):
     route_inputs: bool
     all_capacities: bool
     max_batch: int | None
+    strip_weights: bool
 
 
 def combine(

@@ -205,6 +205,8 @@ class BuildOptions(_Strict):
     """Thresholds, budgets and counts of a routed model become inputs of the engine instead of constants."""
     all_capacities: bool = False
     """One engine for every capacity of a routed model; its slots and tables become inputs."""
+    strip_weights: bool = False
+    """Leave the weights out of the engine; they are put back where it is loaded. Needs a GPU to build."""
     max_batch: Positive | None = None
     """The engine takes batches of 1 to this, tuned for it; the batch that was captured, alone, when absent."""
 

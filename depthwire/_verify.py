@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from depthwire.recipe import Recipe
     from depthwire.runtime.target import Target
     from depthwire.runtime.verify_report import PairResult, VerifyReport
-    from depthwire.stages import Stages
+    from depthwire.stages import Stage, Stages
 
 
 def verify(
@@ -45,8 +46,11 @@ def verify(
     if not goldens_only:
         recipe = _recipe(artifact, options)
         original = _capture_again(artifact, source, recipe, stages)
-        again = _flow.rewrite_stage(original, recipe, _target(recipe), stages)
-        windows = _flow.make_windows(original, recipe, recipe.verify.windows)
+        target = _target(recipe)
+        again = _flow.rewrite_stage(original, recipe, target, stages)
+        windows, again = _flow.precise(
+            original, again, recipe, target=target, count=recipe.verify.windows, stages=stages
+        )
     failure: DepthwireError | None = None
     try:
         report = verify_stage(artifact, again, windows, stages)
@@ -76,22 +80,79 @@ def verify_stage(
         VerificationError: They differ.
     """
     with stages.stage("verify") as stage:
-        from depthwire.runtime.verify import verify as compare
-
-        original, program = (None, None) if rewritten is None else (rewritten.reference, rewritten.program)
         further = _capacities(artifact, rewritten)
         for name, variant in further:
             graph = artifact.with_graph(name)
-            report = compare(graph, original=variant.reference, rewritten=None, windows=windows[:1])
+            report = _compare(graph, variant, windows[:1], stage, rewriting=False)
             if not report.passed:
                 raise _failure(graph, report)
-        report = compare(artifact, original=original, rewritten=program, windows=windows, progress=stage.update)
+        report = _compare(artifact, rewritten, windows, stage)
         stage.detail = f"{report.windows} windows, {len(report.comparisons)} comparisons"
         if further:
             stage.detail += f"; 1 window at {len(further)} more capacities"
         if not report.passed:
             raise _failure(artifact, report)
         return report
+
+
+def _compare(
+    artifact: Artifact,
+    rewritten: _flow.Rewritten | _flow.Variant | None,
+    windows: Sequence[Window],
+    stage: Stage,
+    *,
+    rewriting: bool = True,
+) -> VerifyReport:
+    """Compare one graph with its programs; of another precision than fp32, the twin of the graph with the program's.
+
+    Args:
+        artifact: With the graph chosen.
+        rewritten: Its programs; ``None`` to compare with the goldens.
+        windows: Inputs.
+        stage: Told what goes on.
+        rewriting: Whether the rewritten program is compared with the original too.
+    """
+    from depthwire.runtime.twin import twin_of
+    from depthwire.runtime.verify import verify as compare
+
+    if rewritten is None:
+        with twin_of(artifact) as twin:
+            report = compare(twin, original=None, rewritten=None, windows=windows, progress=stage.update)
+            return report if twin is artifact else dataclasses.replace(report, polygraphy="")
+    program = rewritten.program if rewriting else None
+    if rewritten.deployed is None:
+        return compare(
+            artifact, original=rewritten.reference, rewritten=program, windows=windows, progress=stage.update
+        )
+    first = None
+    if rewriting:
+        first = compare(
+            artifact,
+            original=rewritten.reference,
+            rewritten=program,
+            windows=windows,
+            progress=stage.update,
+            file=False,
+        )
+    with twin_of(artifact) as twin:
+        stage.update("the fp32 twin of the graph")
+        second = compare(
+            twin,
+            original=None,
+            rewritten=None,
+            deployed=rewritten.deployed.twin,
+            windows=windows,
+            progress=stage.update,
+        )
+        second = second if twin is artifact else dataclasses.replace(second, polygraphy="")
+    if first is None:
+        return second
+    return dataclasses.replace(
+        second,
+        comparisons=(*first.comparisons, *second.comparisons),
+        first_divergence=first.first_divergence or second.first_divergence,
+        seconds=first.seconds + second.seconds,
+    )
 
 
 def _capacities(artifact: Artifact, rewritten: _flow.Rewritten | None) -> list[tuple[str, _flow.Variant]]:
@@ -174,13 +235,14 @@ def _failure(artifact: Artifact, report: VerifyReport) -> VerificationError:
             want, got = f"max|d| <= {first.result.allowed:.2e} there", f"max|d| {stats.max_abs:.2e} there; {got}"
     elif divergence is not None:
         got = f"{got}; {divergence.note}"
+    again = report.polygraphy or f"depthwire verify {artifact.root}"
     error = VerificationError(
         "verify.parity",
         "The compiled model does not compute what the original computes",
         at=at,
         want=want,
         got=got,
-        todo=f"Do not use {artifact.root}. Its report.html holds all numbers; repeat with: {report.polygraphy}",
+        todo=f"Do not use {artifact.root}. Its report.html holds all numbers; repeat with: {again}",
     )
     error.report = report
     return error

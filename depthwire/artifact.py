@@ -116,6 +116,15 @@ class EngineInfo(_Strict):
     dtypes: dict[str, int] = Field(default_factory=dict)
     profile: dict[str, list[list[int]]] = Field(default_factory=dict)
     """Least, tuned-for and greatest shape of every input whose shape is not static."""
+    weights: dict[str, int] = Field(default_factory=dict)
+    """Bytes of the network's constants by dtype, as the builder holds them."""
+    checked_dtypes: int = 0
+    """Values and weights of the graph whose dtype in the network was compared with the graph's."""
+    stripped: bool = False
+    """Whether the weights were left out, to be put back from the graph where the engine is loaded."""
+    route_inputs: bool = False
+    all_capacities: bool = False
+    max_batch: int | None = None
     notes: list[str] = Field(default_factory=list)
 
 

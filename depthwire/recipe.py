@@ -101,6 +101,7 @@ OPTIONS: dict[str, Key] = {
     "route_inputs": ("build", "route_inputs"),
     "all_capacities": ("build", "all_capacities"),
     "max_batch": ("build", "max_batch"),
+    "strip_weights": ("build", "strip_weights"),
     "out": ("out",),
 }
 """Python argument (and, with dashes, command-line option) -> key in the recipe."""

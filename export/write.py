@@ -21,16 +21,18 @@ from depthwire.artifact import (
     FileEntry,
     Manifest,
     PassInfo,
+    PrecisionInfo,
     SourceInfo,
 )
 from depthwire.errors import ExportError
 from depthwire.export._external_data import inline_small, write_external_data
 from depthwire.export._route_inputs import STATES_OUT
 from depthwire.export._route_manifest import RoutedGraphs, route_info, tensor_info
+from depthwire.export.census import census, check_census, embedding_tables
 from depthwire.export.ops import DOMAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import onnx_ir as ir
@@ -52,6 +54,7 @@ def write_artifact(
     checkpoints: list[Checkpoint],
     progress: Callable[[int, int], None] | None = None,
     routed: RoutedGraphs | None = None,
+    precision: PrecisionInfo | None = None,
 ) -> Artifact:
     """Write ``model.onnx``, its weights, the goldens and the manifest.
 
@@ -65,14 +68,16 @@ def write_artifact(
         checkpoints: The values at which layers are compared.
         progress: Called with (bytes written, bytes in all) while the weights are written.
         routed: What a routed model adds: its specification, and graphs of other capacities over the same weights.
+        precision: What was asked for and done, where that is not fp32; the census and the sizes are filled in.
 
     Raises:
-        ExportError: ``onnx.checker`` refuses the file.
+        ExportError: ``onnx.checker`` refuses the file, or its dtypes are not those asked for (``export.precision``).
         OSError: The disk is full or the place cannot be written; nothing is left behind.
     """
     with _temporary_sibling(out) as root:
         graphs = {MODEL: model, **({} if routed is None else routed.models)}
         others = [other for name, other in graphs.items() if name != MODEL]
+        precision = None if precision is None else _counted(precision, graphs)
         sha256, size = write_external_data(model, root / WEIGHTS, progress, others=others)
         for name, graph in graphs.items():
             inline_small(graph)
@@ -82,6 +87,7 @@ def write_artifact(
         shutil.copymode(root / MODEL, root / GOLDENS)  # safetensors makes its files private
         manifest = _manifest(original, rewritten, model, recipe, checkpoints)
         manifest.route = route_info(graphs, routed)
+        manifest.precision = precision
         artifact = Artifact(root, manifest)
         manifest.files[WEIGHTS] = FileEntry(bytes=size, sha256=sha256)
         for name in (*graphs, GOLDENS):
@@ -89,6 +95,19 @@ def write_artifact(
         artifact.write_manifest()
         _replace(root, out)
     return Artifact(out, manifest)
+
+
+def _counted(precision: PrecisionInfo, graphs: Mapping[str, ir.Model]) -> PrecisionInfo:
+    """Check the dtypes of every graph, and fill in the census and the sizes of the first."""
+    wide = sum(precision.islands.get(reason, 0) for reason in ("scores", "logits", "functions"))
+    for model in graphs.values():
+        check_census(model, asked=precision.asked, rest=precision.rest, wide_products=wide)
+    model = graphs[MODEL]
+    tables = embedding_tables(model)
+    sizes = {name: v.const_value.nbytes for name, v in model.graph.initializers.items() if v.const_value is not None}
+    embedding = sum(size for name, size in sizes.items() if name in tables)
+    filled = {"census": census(model), "embedding_bytes": embedding, "weight_bytes": sum(sizes.values()) - embedding}
+    return precision.model_copy(update=filled)
 
 
 @contextlib.contextmanager

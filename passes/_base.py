@@ -82,6 +82,8 @@ class Pass(ABC):
     # Parameters or constants may be added only by passes that say so; user inputs and outputs never change.
     adds_parameters: ClassVar[bool] = False
     adds_constants: ClassVar[bool] = False
+    # Weights keep their dtypes unless a pass is there to change them.
+    changes_dtypes: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program) -> PassResult:

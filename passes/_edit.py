@@ -116,6 +116,31 @@ class GraphEditor:
         self._stamp(node, node)
         node.meta["val"] = self.fake_value(node)
 
+    def refresh(self, node: torch.fx.Node) -> None:
+        """Recompute the value of a node whose inputs have changed."""
+        self._stamp(node, node)
+        node.meta["val"] = self.fake_value(node)
+
+    def retype(self, node: torch.fx.Node, tensor: torch.Tensor) -> None:
+        """Store a weight or constant in another dtype.
+
+        Args:
+            node: Its placeholder; if several stand for one weight, each is to be retyped.
+            tensor: The new values, of the same shape.
+        """
+        spec = next(spec for spec in self._input_specs if spec.arg.name == node.name)
+        fqn, old = str(spec.target), value_of_spec(spec, self._state, self._constants)
+        if old.shape != tensor.shape:
+            raise ValueError(f"{fqn}: {list(tensor.shape)} does not fit {list(old.shape)}")
+        if spec.kind is InputKind.PARAMETER:
+            tensor = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        home = self._state if fqn in self._state else self._constants
+        # Further names of a tied weight stay tied.
+        tied = [name for name, other in home.items() if isinstance(other, torch.Tensor) and _same_memory(other, old)]
+        home.update(dict.fromkeys(tied, tensor))
+        node.meta["val"] = self._fake_mode.from_tensor(tensor, static_shapes=True)
+        self._stamp(node, node)
+
     def add_parameter(self, fqn: str, tensor: torch.Tensor) -> torch.fx.Node:
         """Add a trainable parameter and return its placeholder."""
         self._state[fqn] = torch.nn.Parameter(tensor)
@@ -234,6 +259,18 @@ class GraphEditor:
                 self.graph.erase_node(node)
                 self._input_specs.remove(spec)
                 self._constants.pop(str(spec.target), None)
+
+
+def value_of_spec(spec: InputSpec, state: Mapping[str, Any], constants: Mapping[str, Any]) -> torch.Tensor:
+    """Return the weight or constant that an input of the graph stands for."""
+    tensor = state[str(spec.target)] if str(spec.target) in state else constants[str(spec.target)]
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{spec.target} is no tensor")
+    return tensor
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _ends(kinds: list[InputKind]) -> dict[InputKind, int]:

@@ -35,22 +35,30 @@ class Judged:
         feeds: Sequence[Arrays],
         kinds: Mapping[str, Kind],
         manifest: Manifest,
+        *,
+        rounded: str | None = None,
     ) -> None:
-        """Judge some windows and keep the verdicts; the arrays are not kept."""
-        runs = compare_runs(expected, actual, kinds=kinds)
+        """Judge some windows and keep the verdicts; the arrays are not kept.
+
+        ``rounded`` is the dtype that fp32 outputs were rounded to inside the graph: its budgets are granted.
+        """
+        runs = compare_runs(expected, actual, kinds=kinds, rounded=rounded)
         if runs.problem is not None:
             self.problems.append(runs.problem)
         task = manifest.source.task
         rows = zip(runs.iterations, expected, actual, feeds, strict=False)  # unequal lengths are a problem already
-        self.windows += [_judge(tensors, e, a, feed, task) for tensors, e, a, feed in rows]
+        self.windows += [_judge(tensors, (e, a), feed, task, rounded) for tensors, e, a, feed in rows]
 
     def pair(self, names: tuple[str, str], asked: int) -> PairResult:
         """Return the pair's result; ``asked`` is the number of windows there should be."""
         return PairResult(*names, asked, tuple(self.problems), tuple(self.windows))
 
 
-def _judge(tensors: Comparison, expected: Arrays, actual: Arrays, feed: Arrays, task: str | None) -> WindowResult:
+def _judge(
+    tensors: Comparison, sides: tuple[Arrays, Arrays], feed: Arrays, task: str | None, rounded: str | None
+) -> WindowResult:
     """Add the two judgements that only logits have; both need values that passed the structural checks."""
+    expected, actual = sides
     comparable = [r for r in tensors.tensors if r.kind == "logits" and r.allowed is not None]
     tokens = {r.name: top1(expected[r.name], actual[r.name], allowed=r.allowed or 0.0) for r in comparable}
     if task != "causal-lm":
@@ -61,7 +69,7 @@ def _judge(tensors: Comparison, expected: Arrays, actual: Arrays, feed: Arrays, 
     obstacle = _nll_obstacle(first, feed)
     if obstacle is not None:
         return WindowResult(tensors, tokens, None, (f"NLL not computed: {obstacle}",))
-    return WindowResult(tensors, tokens, _nll(expected[first.name], actual[first.name], feed))
+    return WindowResult(tensors, tokens, _nll(expected[first.name], actual[first.name], feed, rounded))
 
 
 def _nll_obstacle(logits: TensorResult, feed: Arrays) -> str | None:
@@ -73,11 +81,11 @@ def _nll_obstacle(logits: TensorResult, feed: Arrays) -> str | None:
     return None
 
 
-def _nll(expected: NDArray[Any], actual: NDArray[Any], feed: Arrays) -> NegativeLogLikelihood:
+def _nll(expected: NDArray[Any], actual: NDArray[Any], feed: Arrays, rounded: str | None) -> NegativeLogLikelihood:
     mask = feed.get("attention_mask")
     usable = mask if mask is not None and mask.shape == feed["input_ids"].shape else None
     (left, count), (right, _) = (token_nll(side, feed["input_ids"], usable) for side in (expected, actual))
-    return NegativeLogLikelihood(count, left, right, tolerance(expected.dtype.name, "nll"))
+    return NegativeLogLikelihood(count, left, right, tolerance(rounded or expected.dtype.name, "nll"))
 
 
 def output_kinds(manifest: Manifest) -> dict[str, Kind]:

@@ -28,6 +28,7 @@ _STEPS: dict[tuple[str, str], Pair] = {
     ("original", _ONNXRUNTIME): "compile",
     ("routed", "rewritten"): "rewrite",
     ("routed", _ONNXRUNTIME): "compile",
+    ("deployed", _ONNXRUNTIME): "export/runtime",
 }
 
 
@@ -39,6 +40,7 @@ def first_divergence(
     window: int,
     tell: Callable[[str], None],
     kernels: bool | None,
+    file: bool = True,
 ) -> Divergence:
     """Walk the artefact's checkpoints in layer order, across every step from the original to ONNX Runtime.
 
@@ -49,6 +51,7 @@ def first_divergence(
         window: Its index, for the report.
         tell: Receives a line per graph.
         kernels: As in ``session_from_artifact``.
+        file: Whether the artefact's graph is one of the steps.
     """
     checkpoints = sorted(artifact.manifest.checkpoints, key=_layer_order)
     names = list(dict.fromkeys(checkpoint.value for checkpoint in checkpoints))
@@ -57,11 +60,13 @@ def first_divergence(
         tell(f"layers of {label}")
         known = node_names(program)
         values[label] = run_nodes(program, inputs, [name for name in names if name in known])
-    tell(f"layers of {_ONNXRUNTIME}")
-    values[_ONNXRUNTIME] = _session_values(artifact, inputs, names, kernels=kernels)
+    flips: list[RoutingFlip] = []
+    if file:
+        tell(f"layers of {_ONNXRUNTIME}")
+        values[_ONNXRUNTIME] = _session_values(artifact, inputs, names, kernels=kernels)
+        tell("routing")
+        flips = routing_flips(artifact, list(programs.values())[-1], inputs, kernels=kernels)
     trail = tuple(_walk(checkpoints, values))
-    tell("routing")
-    flips = routing_flips(artifact, list(programs.values())[-1], inputs, kernels=kernels)
     first = next((entry for entry in trail if not entry.result), None)
     return Divergence(
         first=first,

@@ -123,7 +123,12 @@ class RunComparison:
 
 
 def compare(
-    expected: Arrays, actual: Arrays, *, kinds: Mapping[str, Kind] | None = None, default: Kind = "hidden"
+    expected: Arrays,
+    actual: Arrays,
+    *,
+    kinds: Mapping[str, Kind] | None = None,
+    default: Kind = "hidden",
+    rounded: str | None = None,
 ) -> Comparison:
     """Compare two sets of named arrays.
 
@@ -132,6 +137,7 @@ def compare(
         actual: What is judged.
         kinds: Row of the table for each name; integer and boolean tensors are exact whatever it says.
         default: Row for the names that ``kinds`` lacks.
+        rounded: The dtype that float32 values were rounded to inside the graph, whose budgets are granted to them.
 
     Returns:
         One result for every name of either side. A name that one side lacks fails.
@@ -142,7 +148,10 @@ def compare(
     names = [*expected, *(name for name in actual if name not in expected)]
     rows = kinds or {}
     return Comparison(
-        tuple(_compare_tensor(name, rows.get(name, default), expected.get(name), actual.get(name)) for name in names)
+        tuple(
+            _compare_tensor(name, rows.get(name, default), expected.get(name), actual.get(name), rounded)
+            for name in names
+        )
     )
 
 
@@ -152,6 +161,7 @@ def compare_runs(
     *,
     kinds: Mapping[str, Kind] | None = None,
     default: Kind = "hidden",
+    rounded: str | None = None,
 ) -> RunComparison:
     """Compare iteration by iteration; see ``compare``. Different numbers of iterations, or none, fail."""
     problem = None
@@ -160,10 +170,10 @@ def compare_runs(
     elif not expected:
         problem = "no iteration was run"
     pairs = zip(expected, actual, strict=False)  # the lengths are judged above; what exists on both sides is still told
-    return RunComparison(problem, tuple(compare(e, a, kinds=kinds, default=default) for e, a in pairs))
+    return RunComparison(problem, tuple(compare(e, a, kinds=kinds, default=default, rounded=rounded) for e, a in pairs))
 
 
-def _compare_tensor(name: str, kind: Kind, expected: object, actual: object) -> TensorResult:
+def _compare_tensor(name: str, kind: Kind, expected: object, actual: object, rounded: str | None) -> TensorResult:
     if expected is None or actual is None:
         side = "expected and missing" if actual is None else "not expected"
         known = expected if expected is not None else actual
@@ -183,7 +193,8 @@ def _compare_tensor(name: str, kind: Kind, expected: object, actual: object) -> 
     stats = statistics(expected, actual, largest=(extents[0].largest, extents[1].largest))
     if not math.isfinite(stats.max_abs):
         return _failed(name, row, expected, "the difference overflows float64")
-    return TensorResult(name, row, dtype, expected.shape, None, stats, tolerance(dtype, row))
+    granted = rounded if rounded is not None and dtype == "float32" else dtype
+    return TensorResult(name, row, dtype, expected.shape, None, stats, tolerance(granted, row))
 
 
 def _structure(expected: NDArray[Any], actual: NDArray[Any]) -> str | None:

@@ -79,19 +79,28 @@ def routing_flips(
     found = run_session(session, inputs)
     flips = []
     for number, ((node, (index, taken)), score) in enumerate(zip(units, scores, strict=True)):
-        flips += _compare(
+        flips += compare_selections(
             module_of(node) or node.name,
             number,
             wanted[score],
-            _bits(wanted[index], wanted[taken], wanted[score].shape),
-            _bits(found[index], found[taken], wanted[score].shape),
+            selected_bits(wanted[index], wanted[taken], wanted[score].shape),
+            selected_bits(found[index], found[taken], wanted[score].shape),
         )
     return flips
 
 
-def _compare(
+def compare_selections(
     module: str, unit: int, score: NDArray[Any], left: NDArray[np.bool_], right: NDArray[np.bool_]
 ) -> list[RoutingFlip]:
+    """Return the tokens that two selections of one unit treat differently.
+
+    Args:
+        module: Path of the unit.
+        unit: Its number.
+        score: Scores of the reference, ``[B, T]``.
+        left: What the reference selects, ``[B, T]``.
+        right: What the other selects.
+    """
     import numpy as np
 
     flips = []
@@ -103,7 +112,7 @@ def _compare(
     return flips
 
 
-def _bits(index: NDArray[Any], taken: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def selected_bits(index: NDArray[Any], taken: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Return which of the tokens are selected, ``[B, T]``."""
     import numpy as np
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["VerifyReport", "format_report", "verify"]
 
-ORIGINAL, ROUTED, REWRITTEN, ONNXRUNTIME, GOLDENS = "original", "routed", "rewritten", "onnxruntime", "goldens"
+ORIGINAL, ROUTED, REWRITTEN, DEPLOYED = "original", "routed", "rewritten", "deployed"
+ONNXRUNTIME, GOLDENS = "onnxruntime", "goldens"
+_NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def verify(
@@ -43,6 +45,8 @@ def verify(
     windows: Sequence[Arrays],
     progress: Callable[[str], None] | None = None,
     kernels: bool | None = None,
+    deployed: Program | None = None,
+    file: bool = True,
 ) -> VerifyReport:
     """Compare what an artefact computes with what it was made from.
 
@@ -58,6 +62,8 @@ def verify(
         windows: Inputs, each by name with the shape and dtype of the manifest. Empty if no program is given.
         progress: Receives one line per step.
         kernels: As in ``session_from_artifact``; which of the two ran is in the report.
+        deployed: The fp32 twin of what was exported, where that is another precision; the artefact is then a twin, too.
+        file: Whether ONNX Runtime runs the artefact's graph; without it the programs are compared with each other.
 
     Returns:
         The report. A comparison that fails is in it; it is not raised.
@@ -71,37 +77,43 @@ def verify(
     # What must be computed is the original, or, where the user had layers routed, the original with that routing alone.
     chosen = artifact.manifest.route is not None and artifact.manifest.route.spec is not None
     first = ROUTED if chosen else ORIGINAL
-    programs = {name: p for name, p in ((first, original), (REWRITTEN, rewritten)) if p is not None}
+    labelled = ((first, original), (REWRITTEN, rewritten), (DEPLOYED, deployed))
+    programs = {name: p for name, p in labelled if p is not None}
     goldens = None if programs else Goldens(artifact)
     feeds = window_feeds(artifact, windows, goldens)
-    labels = [*(programs or [GOLDENS]), ONNXRUNTIME]
+    labels = [*(programs or [GOLDENS]), *([ONNXRUNTIME] if file else [])]
     kinds = output_kinds(artifact.manifest)
+    # Goldens hold what half precision made of the values; everything else that is compared computes as the file does.
+    precision = artifact.manifest.precision
+    rounded = None if goldens is None or precision is None else _NUMPY[precision.rest]
     judged: dict[tuple[str, str], Judged] = {pair: Judged() for pair in _pairs(labels)}
     polygraphy = ""
     for group in window_groups(artifact, feeds, len(labels)):
         tell(f"windows {group[0] + 1}-{group[-1] + 1} of {len(feeds)}: {', '.join(labels)}")
-        outputs = _run(artifact, programs, [feeds[index] for index in group], kernels=kernels)
+        outputs = _run(artifact, programs, [feeds[index] for index in group], kernels=kernels, file=file)
         if goldens is not None:
             outputs[GOLDENS] = [goldens.outputs(index) for index in group]
         for (expected, actual), results in judged.items():
-            results.add(outputs[expected], outputs[actual], [feeds[i] for i in group], kinds, artifact.manifest)
-        if not polygraphy:
+            chosen_feeds = [feeds[i] for i in group]
+            results.add(outputs[expected], outputs[actual], chosen_feeds, kinds, artifact.manifest, rounded=rounded)
+        if not polygraphy and file:
             reference = outputs[labels[0]][0]
             tell("files for polygraphy")
             polygraphy = write_reproduction(artifact, inputs=feeds[0], expected=reference, kinds=kinds, label=labels[0])
     pairs = tuple(results.pair(names, len(feeds)) for names, results in judged.items())
     return VerifyReport(
         comparisons=pairs,
-        first_divergence=_place(artifact, programs, pairs, feeds, tell, kernels=kernels),
+        first_divergence=_place(artifact, programs, pairs, feeds, tell, kernels=kernels, file=file),
         polygraphy=polygraphy,
         windows=len(feeds),
         seconds=time.perf_counter() - started,
-        tools={name: version(name) for name in ("torch", "polygraphy", "numpy")} | _runtime(artifact, kernels=kernels),
+        tools={name: version(name) for name in ("torch", "polygraphy", "numpy")}
+        | (_runtime(artifact, kernels=kernels) if file else {}),
     )
 
 
 def _run(
-    artifact: Artifact, programs: Mapping[str, Program], feeds: Sequence[Arrays], *, kernels: bool | None
+    artifact: Artifact, programs: Mapping[str, Program], feeds: Sequence[Arrays], *, kernels: bool | None, file: bool
 ) -> dict[str, list[Arrays]]:
     """Run every runner on the windows, one runner at a time, through Polygraphy."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -112,7 +124,8 @@ def _run(
     from depthwire.runtime.torch_exported import TorchExportedRunner
 
     runners = [TorchExportedRunner(program, name=label) for label, program in programs.items()]
-    runners.append(OnnxrtRunner(lambda: session_from_artifact(artifact, kernels=kernels), name=ONNXRUNTIME))
+    if file:
+        runners.append(OnnxrtRunner(lambda: session_from_artifact(artifact, kernels=kernels), name=ONNXRUNTIME))
     try:
         # Above CRITICAL: what Polygraphy would print and raise is told once, by the error below.
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
@@ -150,6 +163,7 @@ def _place(
     tell: Callable[[str], None],
     *,
     kernels: bool | None,
+    file: bool,
 ) -> Divergence | None:
     failed = [pair for pair in pairs if not pair]
     if not failed:
@@ -160,7 +174,7 @@ def _place(
         return Divergence(None, note, window, 0, len(artifact.manifest.checkpoints), ())
     from depthwire.runtime._localize import first_divergence
 
-    return first_divergence(artifact, programs, feeds[window], window=window, tell=tell, kernels=kernels)
+    return first_divergence(artifact, programs, feeds[window], window=window, tell=tell, kernels=kernels, file=file)
 
 
 def _runtime(artifact: Artifact, *, kernels: bool | None) -> dict[str, str]:

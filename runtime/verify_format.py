@@ -28,6 +28,8 @@ def format_report(report: VerifyReport) -> list[str]:
         lines += _pair(pair)
     if report.first_divergence is not None:
         lines += _divergence(report.first_divergence)
+    if not report.polygraphy:  # a twin is compared, which is not kept
+        return lines
     return [*lines, "repeat the first window without depthwire:", f"  {report.polygraphy}"]
 
 

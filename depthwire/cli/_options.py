@@ -200,6 +200,7 @@ def engine_options(function: F) -> F:
                 help="Let the engine's caller give the thresholds, budgets and counts of a routed model.",
             ),
             click.option("--all-capacities", is_flag=True, default=None, help="One engine for every capacity."),
+            click.option("--strip-weights", is_flag=True, default=None, help="Leave weights out; needs a GPU here."),
             click.option("--max-batch", type=int, metavar="N", help="One engine for batches of 1 to N."),
         ]
     )(function)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @_options.lift_options
 @_options.route_options
 @_options.schedule_options
+@_options.precision_options
 @_options.target_options
 @_options.source_options
 @_options.window_options
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--no-verify", "verify", flag_value=False, default=None, help="Do not compare.")
 @click.option("--no-build", "build", flag_value=False, default=None, help="Do not build an engine.")
 @_options.recipe_options
-@click.option("--dry-run", is_flag=True, help="Capture and analyse, show the plan, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Capture and analyse, show what would be done, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an artefact even if its manifest cannot be read.")
 @verb
 def command(
@@ -39,11 +40,11 @@ def command(
     """
     resolved = _options.resolve(options, recipe=recipe, save_recipe=None if dry_run else save_recipe)
     if dry_run:
-        from depthwire.api import plan
-        from depthwire.cli._show import show_plan
+        from depthwire.api import dry_run as run_dry
+        from depthwire.cli._show import show_dry_run
 
-        intended = plan(recipe=resolved, stages=ui.stages(), force=force)
-        ui.result(intended.as_dict(), *show_plan(intended))
+        intended = run_dry(recipe=resolved, stages=ui.stages(), force=force)
+        ui.result(intended.as_dict(), *show_dry_run(intended))
         return
     from depthwire.api import VerificationError, convert
     from depthwire.cli._show import show_comparison, show_result

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @_options.lift_options
 @_options.route_options
 @_options.schedule_options
+@_options.precision_options
 @_options.target_options
 @_options.source_options
 @click.option("--text", type=_options.FILE, help="Text for the goldens; random inputs when absent.")

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_map
 
 from depthwire._mapped import release
+from depthwire.passes._match import aten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,10 +45,29 @@ def observe(program: Program, feed: Mapping[str, Tensor], visit: Visit | None = 
     return [value for value in found if value is not None]
 
 
+# Products of float16 on a CPU: torch has no fast kernels for them. Operands widened, summed in fp32 and rounded once is
+# what tensor cores do, and what torch's slow kernels compute up to the order of summation.
+_PRODUCTS = (
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.scaled_dot_product_attention.default,
+)
+
+
 class _Streaming(torch.fx.Interpreter):
     def __init__(self, module: torch.fx.GraphModule, visit: Visit | None) -> None:
         super().__init__(module)
         self._visit = visit
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _PRODUCTS and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float16:
+            wide = super().call_function(target, tree_map(_widened, args), tree_map(_widened, kwargs))
+            return wide.to(torch.float16)
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
@@ -56,3 +77,7 @@ class _Streaming(torch.fx.Interpreter):
             if used.op == "placeholder" and isinstance(self.env.get(used), torch.Tensor):
                 release(self.env[used])
         return result
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float16 else value

@@ -5,14 +5,15 @@ The plan knows weights by their names in the model, so it applies to every graph
 
 ``int8``: weights per output channel, activations per tensor with a fixed scale, both symmetric. A layer whose output
 moves too much by rounding its input (a few channels of some activations are a thousand times larger than the others)
-keeps its activation as it is; its weight alone is int8. ``int4-weights``: weights in blocks along the summed axis.
+keeps its activation as it is; its weight alone is int8. ``int4-weights``: weights in blocks along the summed axis; the
+few that lose most by it for their size get 8 bits, one scale a channel.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ from torch import Tensor
 from depthwire._mapped import release
 from depthwire.errors import UsageError
 from depthwire.ops.quantize import dequantize_reference, quantize_reference
-from depthwire.passes._base import Decline, where
 from depthwire.passes.analysis.observe import observe
-from depthwire.passes.analysis.quantization_linears import Linear, find_linears
+from depthwire.passes.analysis.quantization_linears import Linear, find_linears, refuse_block
+from depthwire.passes.analysis.quantization_plan import Kind, QuantizationPlan, QuantizedWeight, most_sensitive
 from depthwire.passes.analysis.quantization_ranges import Histogram
 from depthwire.passes.analysis.quantization_rounding import Grid, output_error, round_weight
 
@@ -31,104 +32,16 @@ if TYPE_CHECKING:
 
     from depthwire.program import Program
 
-Kind = Literal["int8", "int4-weights"]
+__all__ = ["Kind", "QuantizationPlan", "QuantizedWeight", "calibrate"]
 
-BLOCK = 32
-"""Weights along the summed axis that share a scale in ``int4-weights``."""
+BLOCK = 64
+"""Weights along the summed axis that share a scale in ``int4-weights``; TensorRT takes 64 and 128."""
+EIGHT_BIT_SHARE = 0.25
+"""The largest share of the weights of an ``int4-weights`` plan that are given 8 bits."""
 ACTIVATION_ERROR = 1e-3
 """How much of the energy of a layer's output may be lost by rounding its input."""
 _MEASURED = 4  # windows on which the cost of rounding activations is measured
 _MOMENT_BYTES = 2 << 30  # second moments held at once; more layers take more runs of the program
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """One weight as it is stored, and what its layers do with their input.
-
-    Attributes:
-        values: int8, of the weight's shape.
-        scale: fp32 ``[channels]``, or with blocks of the weight's rank, fewer along ``axis``.
-        axis: The axis of the channels, or that of the blocks.
-        block: Weights that share a scale; 0 for one scale a channel.
-        bits: 8 or 4.
-        activation: The scale of the layers' input; ``None`` leaves it as it is.
-        weight_error: Share of the output's energy lost by rounding the weight, on the calibration inputs.
-        activation_error: The same of rounding the input; ``None`` for ``int4-weights``.
-        reason: Why the input is left alone.
-    """
-
-    values: Tensor
-    scale: Tensor
-    axis: int
-    block: int
-    bits: int
-    activation: float | None = None
-    weight_error: float = 0.0
-    activation_error: float | None = None
-    reason: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in a file with fp32 scales."""
-        return self.values.numel() * self.bits // 8 + self.scale.numel() * 4
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything but the numbers as JSON-ready values."""
-        return {
-            "bits": self.bits,
-            "block": self.block,
-            "activation_scale": self.activation,
-            "weight_error": self.weight_error,
-            "activation_error": self.activation_error,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
-class QuantizationPlan:
-    """What ``QuantizeLinear`` does to which weight.
-
-    Attributes:
-        kind: What was asked for.
-        weights: By the name of the parameter.
-        kept: Linear weights that stay as they are, and why.
-        tokens: Rows of activations that the plan was made from, at the layer that saw most.
-    """
-
-    kind: Kind
-    weights: Mapping[str, QuantizedWeight]
-    kept: Mapping[str, Decline] = field(default_factory=dict)
-    tokens: int = 0
-
-    @property
-    def weight_only(self) -> tuple[str, ...]:
-        """Names of the weights whose layers take their input as it is."""
-        return tuple(name for name, weight in self.weights.items() if weight.activation is None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the quantised weights in a file with fp32 scales."""
-        return sum(weight.nbytes for weight in self.weights.values())
-
-    @property
-    def float_nbytes(self) -> int:
-        """Bytes of the same weights in fp32."""
-        return sum(weight.values.numel() * 4 for weight in self.weights.values())
-
-    def __str__(self) -> str:
-        bits = sorted({weight.bits for weight in self.weights.values()})
-        each = ", ".join(f"{sum(w.bits == b for w in self.weights.values())} in {b} bits" for b in bits)
-        quantized = len(self.weights) - len(self.weight_only)
-        return f"{self.kind}: {each or 'no weights'}, {quantized} with int8 inputs, {len(self.kept)} kept"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan without the numbers as JSON-ready values."""
-        return {
-            "kind": self.kind,
-            "tokens": self.tokens,
-            "weights": {name: weight.as_dict() for name, weight in self.weights.items()},
-            "kept": {name: decline.as_dict() for name, decline in self.kept.items()},
-        }
 
 
 def calibrate(
@@ -136,6 +49,8 @@ def calibrate(
     feeds: Sequence[Mapping[str, Tensor]],
     kind: Kind,
     *,
+    block_size: int = BLOCK,
+    eight_bit_share: float = EIGHT_BIT_SHARE,
     progress: Callable[[str], None] | None = None,
 ) -> QuantizationPlan:
     """Run a program on calibration inputs and decide how each of its linear weights is quantised.
@@ -144,6 +59,8 @@ def calibrate(
         program: A program behind the standard passes, in the dtype that it was trained in.
         feeds: Inputs by name; text that nothing is measured on afterwards. 16 windows of 512 tokens are plenty.
         kind: Weights and activations in 8 bits, or weights in 4.
+        block_size: Weights that share a scale in ``int4-weights``.
+        eight_bit_share: Share of the weights that ``int4-weights`` may give 8 bits, 0 to 1.
         progress: Called with a line a stage.
 
     Raises:
@@ -158,7 +75,9 @@ def calibrate(
             got="none",
             todo="Give a text with --text that is longer than the windows that are compared.",
         )
-    return _Calibration(program, feeds, kind, progress or _silent).plan()
+    blocks = block_size if kind == "int4-weights" else 0
+    run = _Calibration(program, feeds, kind=kind, block=blocks, share=eight_bit_share, progress=progress or _silent)
+    return run.plan()
 
 
 def _silent(_line: str) -> None:
@@ -167,13 +86,20 @@ def _silent(_line: str) -> None:
 
 class _Calibration:
     def __init__(
-        self, program: Program, feeds: Sequence[Mapping[str, Tensor]], kind: Kind, progress: Callable[[str], None]
+        self,
+        program: Program,
+        feeds: Sequence[Mapping[str, Tensor]],
+        *,
+        kind: Kind,
+        block: int,
+        share: float,
+        progress: Callable[[str], None],
     ) -> None:
         self._program, self._feeds, self._kind, self._progress = program, feeds, kind, progress
+        self._block, self._share = block, share
         linears = find_linears(program)
         self._linears, self._kept = dict(linears.found), dict(linears.kept)
         self._held = {**program.exported.constants, **program.exported.state_dict}
-        self._block = BLOCK if kind == "int4-weights" else 0
         self._tokens = 0
         for name, each in linears.found.items():
             decline = refuse_block(each[0], self._block)
@@ -209,11 +135,17 @@ class _Calibration:
             observe(self._program, feed, observed.visit)
             self._progress(f"inputs of {len(names)} layers: {index + 1} of {len(self._feeds)} windows")
         self._tokens = max(self._tokens, *observed.rows.values())
+        grid = Grid(8, 0) if self._kind == "int8" else Grid(4, self._block)
         weights = {}
         for index, name in enumerate(names):
-            weights[name] = self._weight(name, observed)
+            weights[name] = self._weight(name, observed, grid)
             self._progress(f"weights: {index + 1} of {len(names)}")
-        return self._activations(weights, observed) if self._kind == "int8" else weights
+        if self._kind == "int8":
+            return self._activations(weights, observed)
+        for name in most_sensitive(weights, self._share):
+            reason = f"four bits would cost {weights[name].weight_error:.1e} of the output's energy"
+            weights[name] = replace(self._weight(name, observed, Grid(8, 0)), reason=reason)
+        return weights
 
     def _matrix(self, name: str) -> Tensor:
         """Return a weight as fp32 ``[N, K]``."""
@@ -230,11 +162,10 @@ class _Calibration:
                 costs[node] = costs[node] + energy if node in costs else energy
         return costs
 
-    def _weight(self, name: str, observed: _Observed) -> QuantizedWeight:
+    def _weight(self, name: str, observed: _Observed, grid: Grid) -> QuantizedWeight:
         axis = self._linears[name][0].axis
         matrix = self._matrix(name)
         moment = torch.stack([observed.moments[node] for node in self._inputs(name)]).sum(0)
-        grid = Grid(4 if self._kind == "int4-weights" else 8, self._block)
         values, scale = round_weight(matrix, moment, grid)
         found = dequantize_reference(values, scale, 1, matrix.shape[1] // scale.shape[1])
         lost = output_error(matrix, found, moment)
@@ -331,16 +262,3 @@ def _reason(linears: Sequence[Linear], lost: float) -> str:
 def _moment_bytes(node: torch.fx.Node) -> int:
     width: int = node.meta["val"].shape[-1]
     return 4 * width * width
-
-
-def refuse_block(linear: Linear, block: int) -> Decline | None:
-    """Return why a weight cannot be divided into blocks; ``None`` if it can, or need not."""
-    tensor = linear.weight.meta["val"]
-    if block and tensor.shape[linear.axis] % block:
-        return Decline(
-            "quantize-linear.block",
-            where(linear.node),
-            f"a multiple of {block} along the summed axis",
-            f"a weight {list(tensor.shape)} that is summed over axis {linear.axis}",
-        )
-    return None

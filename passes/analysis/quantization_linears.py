@@ -144,6 +144,19 @@ def _refusal(
     return None
 
 
+def refuse_block(linear: Linear, block: int) -> Decline | None:
+    """Return why a weight cannot be divided into blocks; ``None`` if it can, or need not."""
+    tensor = linear.weight.meta["val"]
+    if block and tensor.shape[linear.axis] % block:
+        return Decline(
+            "quantize-linear.block",
+            where(linear.node),
+            f"a multiple of {block} along the summed axis",
+            f"a weight {list(tensor.shape)} that is summed over axis {linear.axis}",
+        )
+    return None
+
+
 def _moved_from(node: torch.fx.Node) -> torch.fx.Node:
     """Follow casts and views back to the value that they pass on."""
     while is_call(node, *_MOVES) and isinstance(node.args[0], torch.fx.Node):

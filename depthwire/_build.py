@@ -101,6 +101,7 @@ def build_stage(artifact: Artifact, target: Target, options: BuildOptions, stage
             route_inputs=options.route_inputs,
             all_capacities=options.all_capacities,
             max_batch=options.max_batch,
+            strip_weights=options.strip_weights,
         )
         stage.bytes = engine.bytes
         stage.child_peak(engine.peak_rss_bytes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthwire._options import Options, combine
-from depthwire._results import Explanation, Inspection, Plan, Result, VerificationError
+from depthwire._results import DryRun, Explanation, Inspection, Result, VerificationError
 from depthwire.errors import UsageError
 from depthwire.stages import Stages
 
@@ -21,19 +21,21 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from depthwire._flow import Model
+    from depthwire._plan import Plan
     from depthwire.artifact import Artifact, EngineInfo, KernelsInfo
     from depthwire.program import Program
     from depthwire.recipe import Recipe
     from depthwire.runtime.bundle import BundleInfo
+    from depthwire.runtime.device_result import Judged
     from depthwire.runtime.doctor import Finding
     from depthwire.runtime.target import Target
     from depthwire.runtime.verify_report import VerifyReport
 
 __all__ = [
+    "DryRun",
     "Explanation",
     "Inspection",
     "Options",
-    "Plan",
     "Result",
     "VerificationError",
     "build",
@@ -41,6 +43,7 @@ __all__ = [
     "capture",
     "convert",
     "doctor",
+    "dry_run",
     "explain",
     "export",
     "inspect",
@@ -49,6 +52,7 @@ __all__ = [
     "rewrite",
     "targets",
     "verify",
+    "verify_result",
 ]
 
 
@@ -263,7 +267,7 @@ def convert(
     return _convert.convert(model, resolved, stages or Stages(), force=force, examples=example_inputs)
 
 
-def plan(
+def dry_run(
     source: Model | None = None,
     out: str | Path | None = None,
     *,
@@ -272,7 +276,7 @@ def plan(
     force: bool = False,
     example_inputs: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
     **options: Unpack[Options],
-) -> Plan:
+) -> DryRun:
     """Capture and rewrite in memory and say what ``convert`` would do; write nothing (``convert --dry-run``).
 
     Args, errors: as ``convert``; ``out`` may be absent.
@@ -280,7 +284,32 @@ def plan(
     from depthwire import _convert
 
     model, resolved = combine(source, out, recipe, options)
-    return _convert.plan(model, resolved, stages or Stages(), force=force, examples=example_inputs)
+    return _convert.dry_run(model, resolved, stages or Stages(), force=force, examples=example_inputs)
+
+
+def plan(
+    directory: str | Path | Sequence[str | Path],
+    *,
+    target: str | Sequence[str] | None = None,
+    stages: Stages | None = None,
+) -> Plan:
+    """Predict size and memory of an artefact's engines, for every capacity and precision; nothing is built.
+
+    Args:
+        directory: The artefact, or several: one for each bucket of shapes. Every hash is checked first.
+        target: Where the engines are to run, one or several; each artefact's own target when absent.
+        stages: See the module's text.
+
+    Raises:
+        UsageError: There is no such target.
+        ExportError: An artefact is damaged.
+        BuildError: A graph has shapes that are not static.
+    """
+    from depthwire import _plan
+
+    directories = [directory] if isinstance(directory, (str, Path)) else directory
+    targets = [target] if isinstance(target, str) else target or ()
+    return _plan.plan([Path(each) for each in directories], targets, stages or Stages())
 
 
 def verify(
@@ -316,6 +345,25 @@ def verify(
     return _verify.verify(Path(directory), source, chosen, stages or Stages(), goldens_only=goldens_only)
 
 
+def verify_result(directory: str | Path, result: str | Path, *, stages: Stages | None = None) -> Judged:
+    """Read back what a device found, judge it again, and keep it in the artefact as ``engine/<target>/result.json``.
+
+    Args:
+        directory: The artefact that the bundle was made from; every hash is checked first.
+        result: The ``result.json`` that ``build_and_verify.py`` wrote.
+        stages: See the module's text.
+
+    Returns:
+        The result and the judgement; ``require_passed()`` raises where it is no proof.
+
+    Raises:
+        ExportError: It is no result, or one of another artefact.
+    """
+    from depthwire import _device_result
+
+    return _device_result.verify_result(Path(directory), Path(result), stages or Stages())
+
+
 def build(
     directory: str | Path,
     *,
@@ -327,6 +375,7 @@ def build(
     route_inputs: bool | None = None,
     all_capacities: bool | None = None,
     max_batch: int | None = None,
+    strip_weights: bool | None = None,
     stages: Stages | None = None,
 ) -> EngineInfo:
     """Build an engine from an artefact and list it in the manifest.
@@ -340,6 +389,7 @@ def build(
         route_inputs: Make a routed model's thresholds, budgets and counts inputs; as above when absent.
         all_capacities: One engine for every capacity of a routed model; as above when absent.
         max_batch: One engine for batches of 1 to this, tuned for this; as above when absent.
+        strip_weights: Leave the weights out of the engine, which takes a GPU; as above when absent.
         check_memory: Refuse a build that is predicted not to fit into memory.
         stages: See the module's text.
 
@@ -357,6 +407,7 @@ def build(
         "route_inputs": route_inputs,
         "all_capacities": all_capacities,
         "max_batch": max_batch,
+        "strip_weights": strip_weights,
     }
     return _build.build(Path(directory), options, stages or Stages())
 

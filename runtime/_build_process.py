@@ -40,6 +40,8 @@ class BuildRequest:
         workspace_bytes: Limit of the builder's workspace, ``None`` for its default.
         optimization_level: 0 to 5, ``None`` for the builder's default.
         profile: Least, usual and greatest shape of every input whose shape is not static.
+        strip_weights: Leave the weights out of the engine, to be put back where it is loaded.
+        dtypes: ONNX's names of the types of values and weights, by their names: what the network is checked against.
     """
 
     model: str
@@ -48,6 +50,8 @@ class BuildRequest:
     workspace_bytes: int | None = None
     optimization_level: int | None = None
     profile: dict[str, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
+    strip_weights: bool = False
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class BuildResult:
     peak_rss_bytes: int
     layers: dict[str, int]
     dtypes: dict[str, int]
+    weights: dict[str, int]
+    checked: int
 
 
 def spawn(
@@ -104,8 +110,8 @@ def spawn(
         command: The child's command line.
 
     Raises:
-        BuildError: ``build.crashed``, ``build.backend-missing``, ``build.parse-failed``, ``build.turing-float32``,
-            ``build.refused`` or ``build.write-failed``.
+        BuildError: ``build.crashed``, ``build.backend-missing``, ``build.parse-failed``, ``build.dtype-mismatch``,
+            ``build.turing-float32``, ``build.strip-needs-gpu``, ``build.refused`` or ``build.write-failed``.
         KeyboardInterrupt: After the child has been ended.
     """
     start = time.monotonic()
@@ -121,8 +127,9 @@ def spawn(
         at = f"phase {last.phase!r}, after {last.elapsed_seconds:.1f} s, at {gigabytes(last.rss_bytes)}"
         raise crashed(status, at=f"{request.model}: {at}", log=log, kept_log=kept_log)
     if final["event"] == "error":
-        raise refused(final, model=request.model, engine=request.engine, log=kept_log)
-    fields = {name: final[name] for name in ("version", "bytes", "peak_rss_bytes", "layers", "dtypes")}
+        raise refused(final, request, log=kept_log)
+    names = ("version", "bytes", "peak_rss_bytes", "layers", "dtypes", "weights", "checked")
+    fields = {name: final[name] for name in names}
     return BuildResult(seconds=time.monotonic() - start, **fields)
 
 

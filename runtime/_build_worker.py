@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import re
 import sys
@@ -25,6 +26,20 @@ from depthwire.runtime._peak_rss import peak_rss_bytes
 
 _STEP_INTERVAL_SECONDS = 0.1
 _DUPLICATE_NAME = "already exists, the output tensors of this new instance will not be queryable"
+# ONNX's names of types, and TensorRT's; the same names as in ``_build_process.BuildRequest.dtypes``.
+_NETWORK_DTYPES = {
+    "FLOAT": "FLOAT",
+    "FLOAT16": "HALF",
+    "BFLOAT16": "BF16",
+    "FLOAT8E4M3FN": "FP8",
+    "FLOAT4E2M1": "FP4",
+    "INT64": "INT64",
+    "INT32": "INT32",
+    "INT8": "INT8",
+    "UINT8": "UINT8",
+    "INT4": "INT4",
+    "BOOL": "BOOL",
+}
 _PARSING = re.compile(r"(?:Static check for parsing|Parsing) node: (.*)")
 
 
@@ -88,6 +103,9 @@ def _build(trt: Any, request: dict[str, Any], channel: _Channel) -> tuple[str, d
     channel.send("phase", name="Parsing ONNX", steps=0)
     if not parser.parse_from_file(request["model"]):
         return "error", {"kind": "parse", "version": trt.__version__, "errors": _parser_errors(parser, log.node)}
+    wrong, checked = _wrong_dtypes(network, request["dtypes"])
+    if wrong:
+        return "error", {"kind": "dtypes", "version": trt.__version__, "wrong": wrong, "checked": checked}
     config = _configure(trt, builder, request)
     config.progress_monitor = _monitor(trt, channel)
     engine = builder.build_serialized_network(network, config)
@@ -96,13 +114,15 @@ def _build(trt: Any, request: dict[str, Any], channel: _Channel) -> tuple[str, d
     channel.send("phase", name="Writing the engine", steps=0)
     with Path(request["engine"]).open("wb") as file:
         file.write(memoryview(engine))
-    layers, dtypes = _census(network)
+    layers, dtypes, weights = _census(trt, network)
     return "result", {
         "version": trt.__version__,
         "bytes": int(engine.nbytes),
         "peak_rss_bytes": peak_rss_bytes(),
         "layers": layers,
         "dtypes": dtypes,
+        "weights": weights,
+        "checked": checked,
     }
 
 
@@ -112,10 +132,16 @@ def _configure(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
     config.num_compute_capabilities = len(capabilities)
     for index, name in enumerate(capabilities):
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    # On by default, and float32 products would then keep 10 bits of their operands.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if request["workspace_bytes"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
     if request["optimization_level"] is not None:
         config.builder_optimization_level = request["optimization_level"]
+    if request["strip_weights"]:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        # The weights that are put back are those of the same file: all that follows from their values may be used.
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     if request["profile"]:
         profile = builder.create_optimization_profile()
         for name, shapes in request["profile"].items():
@@ -135,14 +161,44 @@ def _parser_errors(parser: Any, last_node: str) -> list[dict[str, str]]:
     return found
 
 
-def _census(network: Any) -> tuple[dict[str, int], dict[str, int]]:
+def _wrong_dtypes(network: Any, expected: dict[str, str]) -> tuple[list[dict[str, str]], int]:
+    """Compare the types of tensors and weights that the graph names; also return how many there were."""
+    found: dict[str, str] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "CONSTANT":
+            found.setdefault(layer.name, layer.get_output(0).dtype.name)  # named like the weight
+        for output in range(layer.num_outputs):
+            tensor = layer.get_output(output)
+            found.setdefault(tensor.name, tensor.dtype.name)
+    for tensor in (*map(network.get_input, range(network.num_inputs)), *_outputs(network)):
+        found[tensor.name] = tensor.dtype.name
+    common = [name for name in expected if name in found]
+    wrong = [
+        {"name": name, "graph": expected[name], "network": found[name]}
+        for name in common
+        if _NETWORK_DTYPES[expected[name]] != found[name]
+    ]
+    return wrong, len(common)
+
+
+def _outputs(network: Any) -> list[Any]:
+    return [network.get_output(index) for index in range(network.num_outputs)]
+
+
+def _census(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Count layers by kind, tensors by dtype, and the bytes of constants by dtype."""
     layers: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         layers[layer.type.name] += 1
         dtypes.update(layer.get_output(output).dtype.name for output in range(layer.num_outputs))
-    return dict(layers.most_common()), dict(dtypes.most_common())
+        if layer.type == trt.LayerType.CONSTANT:
+            tensor = layer.get_output(0)
+            weights[tensor.dtype.name] += math.ceil(math.prod(tensor.shape) * tensor.dtype.itemsize)
+    return dict(layers.most_common()), dict(dtypes.most_common()), dict(weights.most_common())
 
 
 def _logger(trt: Any) -> Any:

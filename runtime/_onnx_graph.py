@@ -22,6 +22,10 @@ _BUILT_IN_DOMAINS = frozenset({"", "ai.onnx", "trt"})
 _MATRIX_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
 _SUB_BYTE_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 
+_CHECKED_DTYPES = frozenset(
+    {"FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT4E2M1", "INT64", "INT32", "INT8", "UINT8", "INT4", "BOOL"}
+)
+
 _Key = tuple[str, str]
 
 
@@ -116,6 +120,17 @@ def read_graph(path: Path) -> GraphFacts:
         without_body=tuple(walk.without_body),
         float32_products=tuple(_float32_products(graph)),
     )
+
+
+def named_dtypes(model: Path) -> dict[str, str]:
+    """Return ONNX's names of the types of inputs, outputs, values and weights of the main graph, where known."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(str(model), load_external_data=False)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    names = {name: onnx.TensorProto.DataType.Name(kind) for name, kind in types.items()}
+    return {name: kind for name, kind in names.items() if kind in _CHECKED_DTYPES}
 
 
 def _float32_products(graph: GraphProto) -> Iterator[str]:

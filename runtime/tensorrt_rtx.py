@@ -17,7 +17,7 @@ from depthwire.artifact import REPORT, Artifact, EngineInfo
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime._build_errors import turing_float32
 from depthwire.runtime._build_process import BuildRequest, BuildResult, Progress, spawn
-from depthwire.runtime._onnx_graph import GraphFacts, read_graph
+from depthwire.runtime._onnx_graph import GraphFacts, named_dtypes, read_graph
 from depthwire.runtime._route_network import network_model, refuse_wide_selections
 from depthwire.runtime._route_profile import SLOTS
 from depthwire.runtime.memory import require_memory
@@ -38,6 +38,7 @@ _ROUTE_INPUTS = "Thresholds, budgets and counts are inputs of the engine: give t
 _SHOWN_NODES = 5
 # The builder's names of tensor types, in the manifest's spelling.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_STRIPPED = "Without weights: it is loaded beside model.onnx and its weights, which are put back."
 
 
 def build(
@@ -52,6 +53,7 @@ def build(
     route_inputs: bool = False,
     all_capacities: bool = False,
     max_batch: int | None = None,
+    strip_weights: bool = False,
 ) -> EngineInfo:
     """Build ``engine/<target>/model.engine`` and enter it into the manifest and the report.
 
@@ -70,6 +72,7 @@ def build(
         all_capacities: One engine for every capacity of the artefact, with K from an optimisation profile; its caller
             gives ``route_slots`` (0 … K-1) and the tables.
         max_batch: One engine for batches of 1 to this, tuned for this; ``None`` for the graph's own batch alone.
+        strip_weights: Leave the weights out of the engine; ``engine.load_engine`` puts them back. Needs a GPU here.
 
     Returns:
         The engine's facts, as they stand in the manifest. A build that is cancelled or fails leaves an engine that
@@ -107,6 +110,8 @@ def build(
             workspace_bytes=workspace,
             optimization_level=level,
             profile=profile,
+            strip_weights=strip_weights,
+            dtypes=named_dtypes(model),
         )
         result = spawn(
             request,
@@ -121,6 +126,10 @@ def build(
     info = _engine_info(target, engine_name, capabilities, result, predicted)
     if route_inputs or all_capacities:
         info.notes.append(_ROUTE_INPUTS)
+    info.route_inputs, info.all_capacities, info.max_batch = route_inputs or all_capacities, all_capacities, max_batch
+    info.stripped = strip_weights
+    if strip_weights:
+        info.notes.append(_STRIPPED)
     info.profile = {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
     if SLOTS in profile:
         info.notes.append(f"{SLOTS} of {profile[SLOTS][0][0]} to {profile[SLOTS][-1][0]}: its length is K.")
@@ -250,6 +259,8 @@ def _engine_info(
         predicted_rss_bytes=predicted,
         layers=result.layers,
         dtypes={_DTYPES.get(dtype, dtype.lower()): count for dtype, count in result.dtypes.items()},
+        weights={_DTYPES.get(dtype, dtype.lower()): count for dtype, count in result.weights.items()},
+        checked_dtypes=result.checked,
         notes=[_NOT_RUN],
     )
 

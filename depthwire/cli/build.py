@@ -30,6 +30,7 @@ def command(
     route_inputs: bool | None,
     all_capacities: bool | None,
     max_batch: int | None,
+    strip_weights: bool | None,
 ) -> None:
     """Build an engine from the artefact DIRECTORY and list it in its manifest."""
     from depthwire.api import build
@@ -45,6 +46,7 @@ def command(
             "route_inputs": route_inputs,
             "all_capacities": all_capacities,
             "max_batch": max_batch,
+            "strip_weights": strip_weights,
         },
         flags=True,
     ).build
@@ -58,6 +60,7 @@ def command(
         route_inputs=route_inputs,
         all_capacities=all_capacities,
         max_batch=options.max_batch,
+        strip_weights=strip_weights,
         stages=ui.stages(),
     )
     ui.result(engine.model_dump(mode="json"), show_engine(engine))

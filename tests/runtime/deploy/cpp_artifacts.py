@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 BUILDS = ROOT / ".cache/native"
@@ -41,9 +41,10 @@ class Ran:
         self.result = json.loads(self.output) if self.output.startswith("{") else {}
 
 
-def run(program: Path, *arguments: str | Path) -> Ran:
+def run(program: Path, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> Ran:
     """Run it. A sanitizer's finding, a signal and a text that is no JSON fail here."""
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    command = [str(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
     assert done.returncode in {0, 2, 5, 6, 7}, f"status {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -67,19 +68,19 @@ def safetensors(tensors: Mapping[str, tuple[str, list[int], bytes]], header: str
     return len(text).to_bytes(8, "little") + text + data
 
 
-def write_every_type(folder: Path, *, windows: int = 2) -> Path:
+def write_every_type(folder: Path, *, dtypes: Sequence[str] = tuple(TYPES), windows: int = 2) -> Path:
     """An artefact that answers its input ``x`` [2, 3] once for each element type: ``x`` cast to it."""
     folder.mkdir(parents=True)
-    names = {dtype: "logits" if dtype == "float32" else f"as_{dtype}" for dtype in TYPES}
+    names = {dtype: "logits" if dtype == "float32" else f"as_{dtype}" for dtype in dtypes}
     codes = {
         dtype: getattr(TensorProto, dtype.replace("float64", "double").replace("float32", "float").upper())
-        for dtype in TYPES
+        for dtype in dtypes
     }
     graph = helper.make_graph(
-        [helper.make_node("Cast", ["x"], [names[dtype]], to=codes[dtype]) for dtype in TYPES],
+        [helper.make_node("Cast", ["x"], [names[dtype]], to=codes[dtype]) for dtype in dtypes],
         "every_type",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])],
-        [helper.make_tensor_value_info(names[dtype], codes[dtype], [2, 3]) for dtype in TYPES],
+        [helper.make_tensor_value_info(names[dtype], codes[dtype], [2, 3]) for dtype in dtypes],
     )
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "model.onnx"

@@ -147,6 +147,16 @@ def test_goldens_of_another_text_differ(lifted: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("precision", "status"), [(None, 7), ("fp32", 7), ("fp16", 0), ("bf16", 0), ("int3", 5)])
+def test_the_budget_is_that_of_the_precision(copy: Path, precision: str | None, status: int) -> None:
+    goldens = load_file(copy / "goldens.safetensors")
+    goldens["output.logits"] = goldens["output.logits"] * np.float32(1.005)  # fp16 admits 1 %, fp32 2e-5
+    save_file(goldens, copy / "goldens.safetensors")
+    rewrite_manifest(seal(copy), precision=None if precision is None else {"rest": precision})
+    ran = run(RUNNER, copy, "--json")
+    assert ran.status == status, ran.output
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "goldens.safetensors"])
 def test_a_file_that_changed_is_damage(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())

@@ -26,6 +26,7 @@ class Json {
 
   Kind kind() const { return kind_; }
   bool is_null() const { return kind_ == Kind::null; }
+  bool is_true() const { return kind_ == Kind::boolean && text_ == "true"; }
 
   const std::string& string() const;
   std::uint64_t unsigned_integer() const;  // digits alone: sizes, shapes, offsets

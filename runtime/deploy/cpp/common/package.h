@@ -1,14 +1,12 @@
-// A directory that depthwire wrote: what it says of itself, checked, and its goldens.
+// A directory that depthwire wrote, an artefact or a device bundle: what it says of itself, checked.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <string>
 #include <vector>
 
-#include "json.h"
 #include "tensor.h"
 
 namespace depthwire {
@@ -17,50 +15,32 @@ struct TensorInfo {
   std::string name;
   Shape shape;
   Element element;
+  Element judged;  // whose row of the table of tolerances applies: what the values were rounded to inside the graph
 };
 
-// An artefact, read as depthwire's own Artifact.load reads it: schema, names that stay inside, sizes, hashes.
-struct Artifact {
+struct Package {
   std::filesystem::path root;
   std::vector<TensorInfo> inputs, outputs;
-  std::vector<std::string> custom_ops;  // "AttnResRead_9"
-  bool has_cubins = false;              // depthwire kernels has been here
-  bool is_listed(const std::string& name) const { return files.contains(name); }
+  std::string goldens;  // goldens.safetensors of an artefact; folder of .npy files of a bundle
 
   struct File {
     std::uint64_t bytes;
     std::string sha256;
   };
-  std::map<std::string, File> files;
+  std::map<std::string, File> files;           // of which nothing else is read
+  std::map<std::string, std::string> engines;  // by target: files of an artefact, or of a bundle's work directory
+
+  // Of artefacts alone.
+  std::vector<std::string> custom_ops;  // "AttnResRead_9"
+  bool has_cubins = false;              // depthwire kernels has been here
 
   std::filesystem::path path(const std::string& name) const { return root / name; }
 };
 
-// Throws Error with Exit::artefact.
-Artifact load_artifact(const std::filesystem::path& root, bool check_hashes);
+// As depthwire's own Artifact.load: schema, names that stay inside, sizes, hashes. Throws Error with Exit::artefact.
+Package load_artifact(const std::filesystem::path& root, bool check_hashes);
 
-// goldens.safetensors: input.<name> and output.<name>, with a leading axis over windows. One window at a time is read.
-class Goldens {
- public:
-  explicit Goldens(const Artifact& artifact);  // throws Error (verify.goldens)
-
-  std::size_t windows() const { return windows_; }
-  std::vector<Tensor> inputs(std::size_t window);
-  std::vector<Tensor> outputs(std::size_t window) { return read(outputs_, window); }  // bfloat16 may come as float32
-
- private:
-  struct Slot {
-    Tensor empty;    // of one window, of the file's type
-    Element wanted;  // the manifest's type
-    std::uint64_t begin, bytes;
-  };
-
-  std::vector<Tensor> read(const std::vector<Slot>& slots, std::size_t window);
-
-  std::string path_;
-  std::ifstream file_;
-  std::size_t windows_ = 0;
-  std::vector<Slot> inputs_, outputs_;
-};
+// An artefact, or the first model of a bundle that `depthwire bundle` wrote. The same errors.
+Package load_package(const std::filesystem::path& root, bool check_hashes);
 
 }  // namespace depthwire

@@ -6,7 +6,7 @@
 #include <new>
 #include <sstream>
 
-#include "error.h"
+#include "goldens.h"
 
 namespace depthwire {
 
@@ -44,10 +44,10 @@ std::string brief(double value) {
   return text;
 }
 
-Result compare_all(const Artifact& artifact, Backend& backend, Goldens& goldens, int timed) {
+Result compare_all(const Package& package, Backend& backend, const Goldens& goldens, int timed) {
   Result result;
   result.facts = backend.facts();
-  for (const TensorInfo& info : artifact.outputs) {
+  for (const TensorInfo& info : package.outputs) {
     Verdict& verdict = result.outputs.emplace_back();
     verdict.name = info.name;
     verdict.element = info.element;
@@ -63,7 +63,7 @@ Result compare_all(const Artifact& artifact, Backend& backend, Goldens& goldens,
       if (found == actual.end()) {
         result.outputs[i].problem = "expected and missing";
       } else {
-        judge(result.outputs[i], expected[i], *found, artifact.outputs[i].element);
+        judge(result.outputs[i], expected[i], *found, package.outputs[i].judged);
       }
     }
   }
@@ -164,12 +164,12 @@ Exit run(const Program& program, const std::vector<OptionSpec>& known, const Opt
     print_help(program, known);
     return Exit::ok;
   }
-  if (options.directory().empty()) throw usage("DIRECTORY", "the directory that 'depthwire convert -o' wrote", "none");
+  if (options.directory().empty()) throw usage("DIRECTORY", "a directory that depthwire wrote", "none");
   const int timed = options.integer("--time", 0, 1, 1'000'000);
-  const Artifact artifact = load_artifact(options.directory(), !options.has("--no-hashes"));
-  Goldens goldens(artifact);
-  const std::unique_ptr<Backend> backend = program.open(artifact, options);
-  const Result result = compare_all(artifact, *backend, goldens, timed);
+  const Package package = program.load(options.directory(), !options.has("--no-hashes"));
+  const Goldens goldens(package);
+  const std::unique_ptr<Backend> backend = program.open(package, options);
+  const Result result = compare_all(package, *backend, goldens, timed);
   options.has("--json") ? print_json(result) : print_lines(result);
   return result.passed() ? Exit::ok : Exit::differs;
 }

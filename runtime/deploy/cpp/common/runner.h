@@ -46,11 +46,12 @@ class Backend {
   virtual std::vector<std::pair<std::string, std::string>> facts() const = 0;  // runtime, operators, ...
 };
 
-// What a program supplies: its name, its own options, its back end.
+// What a program supplies: its name, its own options, what it takes, its back end.
 struct Program {
   std::string_view name, summary;
   std::vector<OptionSpec> options;
-  std::unique_ptr<Backend> (*open)(const Artifact& artifact, const Options& options);
+  Package (*load)(const std::filesystem::path& root, bool check_hashes);
+  std::unique_ptr<Backend> (*open)(const Package& package, const Options& options);
 };
 
 // Everything but the back end: options, checks, every window, the verdict, the exit status.

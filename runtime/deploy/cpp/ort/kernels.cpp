@@ -28,9 +28,9 @@ bool is_known(const std::string& name) {
                      [](char c) { return c >= '0' && c <= '9'; });
 }
 
-std::string ops_of(const Artifact& artifact) {
+std::string ops_of(const Package& package) {
   std::string ops;
-  for (const std::string& name : artifact.custom_ops)
+  for (const std::string& name : package.custom_ops)
     if (is_known(name)) ops += (ops.empty() ? "" : ",") + name;
   return ops;
 }
@@ -46,11 +46,11 @@ fs::path library_of(const Options& options) {
 
 }  // namespace
 
-Kernels choose_kernels(const Artifact& artifact, const Options& options, bool cuda) {
+Kernels choose_kernels(const Package& package, const Options& options, bool cuda) {
   Kernels kernels;
-  kernels.ops = ops_of(artifact);
+  kernels.ops = ops_of(package);
   // On the CUDA provider a kernel for the CPU would copy every source to the host: bodies run unless there are cubins.
-  if (kernels.ops.empty() || options.has("--no-kernels") || (cuda && !artifact.has_cubins)) return kernels;
+  if (kernels.ops.empty() || options.has("--no-kernels") || (cuda && !package.has_cubins)) return kernels;
   const fs::path path = library_of(options);
   const auto refuse = [&](const char* code, const char* what, std::string got) {
     return Error(Exit::runtime, code, what, path.string(), "kernels for the operators of domain depthwire",
@@ -70,7 +70,7 @@ Kernels choose_kernels(const Artifact& artifact, const Options& options, bool cu
                  abi == nullptr ? std::string(dlerror()) : "version " + std::to_string(abi()));
   kernels.library = fs::absolute(path).string();
   kernels.instruction_set = set();
-  if (cuda) kernels.cubins = fs::absolute(artifact.path(kCubins)).string();
+  if (cuda) kernels.cubins = fs::absolute(package.path(kCubins)).string();
   return kernels;
 }
 

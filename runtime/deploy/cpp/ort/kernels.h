@@ -16,6 +16,6 @@ struct Kernels {
 };
 
 // Throws Error: it is not there (runtime.no-kernels) or of another version (runtime.stale-kernels).
-Kernels choose_kernels(const Artifact& artifact, const Options& options, bool cuda);
+Kernels choose_kernels(const Package& package, const Options& options, bool cuda);
 
 }  // namespace depthwire

@@ -47,33 +47,33 @@ int usable_cpus() {
   return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
-Error runtime_error(const char* code, const char* what, const Artifact& artifact, const char* want, std::string got) {
-  return Error(Exit::runtime, code, what, artifact.path(kModel).string(), want, std::move(got),
+Error runtime_error(const char* code, const char* what, const Package& package, const char* want, std::string got) {
+  return Error(Exit::runtime, code, what, package.path(kModel).string(), want, std::move(got),
                "Try 'depthwire verify' on the artefact; if that passes, compare the versions of ONNX Runtime.");
 }
 
 // Loaded once; the header's own way would end the process where the library is too old.
-void init_api(const Artifact& artifact) {
+void init_api(const Package& package) {
   const OrtApiBase* base = OrtGetApiBase();
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr)
-    throw runtime_error("runtime.session", "ONNX Runtime is too old", artifact, "ONNX Runtime 1.24 or newer",
+    throw runtime_error("runtime.session", "ONNX Runtime is too old", package, "ONNX Runtime 1.24 or newer",
                         base->GetVersionString());
   Ort::InitApi(api);
 }
 
 class OrtBackend : public Backend {
  public:
-  OrtBackend(const Artifact& artifact, const Options& options) : artifact_(artifact) {
+  OrtBackend(const Package& package, const Options& options) : package_(package) {
     const std::string provider = options.text("--provider", "cpu");
     if (provider != "cpu" && provider != "cuda") throw usage("--provider", "cpu or cuda", provider);
     threads_ = options.integer("--threads", usable_cpus(), 1, 4096);
-    kernels_ = choose_kernels(artifact, options, provider == "cuda");
+    kernels_ = choose_kernels(package, options, provider == "cuda");
     try {
       env_ = Ort::Env(static_cast<OrtLoggingLevel>(kModelErrorsOnly), "depthwire_run");
       open(provider == "cuda", options.has("--map-weights"));
     } catch (const Ort::Exception& error) {
-      throw runtime_error("runtime.session", "ONNX Runtime refuses the model", artifact, "a session", error.what());
+      throw runtime_error("runtime.session", "ONNX Runtime refuses the model", package, "a session", error.what());
     }
   }
 
@@ -130,7 +130,7 @@ class OrtBackend : public Backend {
       options.AppendExecutionProvider("CUDAExecutionProvider", {});
       provider_ = "cuda";
     }
-    session_ = Ort::Session(env_, artifact_.path(kModel).c_str(), options);
+    session_ = Ort::Session(env_, package_.path(kModel).c_str(), options);
     for (std::size_t i = 0; i < session_.GetOutputCount(); ++i)
       output_names_.emplace_back(session_.GetOutputNameAllocated(i, Ort::AllocatorWithDefaultOptions()).get());
   }
@@ -175,11 +175,11 @@ class OrtBackend : public Backend {
   }
 
   Error failed(const Ort::Exception& error) const {
-    return runtime_error("runtime.run", "ONNX Runtime failed while it ran the model", artifact_,
+    return runtime_error("runtime.run", "ONNX Runtime failed while it ran the model", package_,
                          "an inference with the goldens' inputs", error.what());
   }
 
-  const Artifact& artifact_;
+  const Package& package_;
   Kernels kernels_;
   int threads_ = 1;
   std::string provider_ = "cpu";
@@ -191,9 +191,9 @@ class OrtBackend : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> open_ort(const Artifact& artifact, const Options& options) {
-  init_api(artifact);  // before there is a member that could be released
-  return std::make_unique<OrtBackend>(artifact, options);
+std::unique_ptr<Backend> open_ort(const Package& package, const Options& options) {
+  init_api(package);  // before there is a member that could be released
+  return std::make_unique<OrtBackend>(package, options);
 }
 
 }  // namespace depthwire

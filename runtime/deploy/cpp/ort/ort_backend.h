@@ -9,6 +9,6 @@ namespace depthwire {
 
 extern const std::vector<OptionSpec> kOrtOptions;
 
-std::unique_ptr<Backend> open_ort(const Artifact& artifact, const Options& options);
+std::unique_ptr<Backend> open_ort(const Package& package, const Options& options);
 
 }  // namespace depthwire

@@ -11,10 +11,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from depthwire._plan import Plan
     from depthwire.api import (
+        DryRun,
         Explanation,
         Inspection,
-        Plan,
         Result,
         VerificationError,
         build,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         capture,
         convert,
         doctor,
+        dry_run,
         explain,
         export,
         inspect,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         rewrite,
         targets,
         verify,
+        verify_result,
     )
     from depthwire.artifact import Artifact
     from depthwire.errors import DepthwireError
@@ -45,6 +48,7 @@ __version__ = version("depthwire")
 __all__ = [
     "Artifact",
     "DepthwireError",
+    "DryRun",
     "Explanation",
     "Inspection",
     "Plan",
@@ -63,6 +67,7 @@ __all__ = [
     "custom_ops_library",
     "doctor",
     "draw_parts",
+    "dry_run",
     "explain",
     "export",
     "inspect",
@@ -71,11 +76,13 @@ __all__ = [
     "rewrite",
     "targets",
     "verify",
+    "verify_result",
 ]
 
 _HOMES = {
     "Artifact": "depthwire.artifact",
     "DepthwireError": "depthwire.errors",
+    "Plan": "depthwire._plan",
     "Program": "depthwire.program",
     "Recipe": "depthwire.recipe",
     "RouteParts": "depthwire.route_parts",

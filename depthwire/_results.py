@@ -85,7 +85,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DryRun:
     """What ``convert`` would do.
 
     Attributes:
@@ -96,7 +96,7 @@ class Plan:
         passes: What each pass rewrote (in memory) and declined.
         bytes_by_part: Estimated bytes of the weights and goldens that would be written.
         free_bytes: Free bytes where they would go, ``None`` without an output directory.
-        stages: What ran for the plan.
+        stages: What ran for it.
     """
 
     recipe: Recipe
@@ -114,7 +114,7 @@ class Plan:
         return None if self.free_bytes is None else sum(self.bytes_by_part.values()) <= self.free_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready values."""
+        """Return JSON-ready values."""
         return {
             "recipe": self.recipe.resolved(),
             "source": dict(self.source),

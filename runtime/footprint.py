@@ -45,8 +45,8 @@ SmolLM2-135M, 8 AttnRes blocks, 512 tokens       538,697,648       271     65  5
 
 What was held out is off by at most 7 % where the engine is larger than 10 MB, and by 15 % where it is smaller; but for
 half-precision models narrower than 128, whose products are cheaper than this: 32 layers x 64 in float16 took 6.1 MB,
-not the 11.5 MB predicted. A second and third GPU, or another one, change some kilobytes. Engines of other builders were not
-measured; the same coefficients stand in for theirs.
+not the 11.5 MB predicted. A second and third GPU, or another one, change some kilobytes. Engines of other builders were
+not measured; the same coefficients stand in for theirs.
 
 **Run time.** ::
 

@@ -41,8 +41,8 @@ def test_the_listing_for_type_checkers_is_the_real_one() -> None:
 
 def test_every_verb_is_a_function_and_the_other_way_round() -> None:
     functions = {name for name in api.__all__ if inspect.isfunction(getattr(api, name))}
-    # ``capture`` has no artefact of its own to write, ``plan`` is ``convert --dry-run``.
-    assert functions == set(VERBS) | {"capture", "plan"}
+    # ``capture`` has no artefact of its own to write, ``dry_run`` is ``convert --dry-run``.
+    assert functions == set(VERBS) | {"capture", "dry_run"}
     for name in functions:
         assert callable(getattr(depthwire, name))
         assert inspect.getdoc(getattr(api, name))
@@ -132,7 +132,7 @@ def test_a_program_is_handed_from_verb_to_verb(tmp_path: Path) -> None:
     program = depthwire.capture(tiny_llama(), seq_len=8)
     lifted = depthwire.rewrite(program, attn_res="block:2")
     assert next(record for record in lifted.history if record.name == "lift_attn_res").rewrites > 0
-    assert depthwire.plan(program, attn_res="full").target["name"] == "ort-cpu"
+    assert depthwire.dry_run(program, attn_res="full").target["name"] == "ort-cpu"
     artifact = depthwire.export(lifted, tmp_path / "out", target="ort-cuda")
     assert artifact.manifest.custom_ops
     assert artifact.manifest.recipe["target"] == "ort-cuda"

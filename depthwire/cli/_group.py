@@ -30,6 +30,7 @@ VERBS = {
     "verify": Verb("verify", "Compare an artefact with the model it came from."),
     "build": Verb("build", "Build an engine from an artefact."),
     "bundle": Verb("bundle", "Write what a device needs to build, prove and measure an engine."),
+    "plan": Verb("plan", "Predict size and memory of an artefact's engines, before anything is built."),
     "kernels": Verb("kernels", "Compile GPU kernels for the custom ops of an artefact."),
     "targets": Verb("targets", "List what can be built for."),
     "doctor": Verb("doctor", "Say what is installed, what is missing, and how to get it."),

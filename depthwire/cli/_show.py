@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from depthwire._results import Inspection, Plan, Result
+    from depthwire._results import DryRun, Inspection, Result
     from depthwire.artifact import CustomOp, EngineInfo, KernelsInfo, Manifest
     from depthwire.runtime.doctor import Finding
-    from depthwire.runtime.target import Target
     from depthwire.runtime.verify_report import VerifyReport
 
 
@@ -215,7 +214,7 @@ def show_manifest(manifest: Manifest) -> Iterator[RenderableType]:
         yield show_kernels(manifest.kernels)
 
 
-def show_plan(plan: Plan) -> Iterator[RenderableType]:
+def show_dry_run(plan: DryRun) -> Iterator[RenderableType]:
     """Yield what a conversion would do."""
     target = plan.target
     engine = f"engine by {target['builder']} for {', '.join(target['compute_capabilities'])}"
@@ -232,7 +231,7 @@ def show_plan(plan: Plan) -> Iterator[RenderableType]:
             ("would write", ", ".join(f"{part} {size}" for part, size in sizes)),
             ("disk", room),
         ],
-        "plan (nothing is written)",
+        "dry run (nothing is written)",
     )
     if plan.structure is None:
         yield "the model has no residual stream"
@@ -257,22 +256,6 @@ def show_result(result: Result) -> Iterator[RenderableType]:
     yield stage_table(result.stages)
     yield f"artefact: {result.artifact.root}"
     yield f"report:   {result.artifact.path(REPORT_HTML)}"
-
-
-def show_targets(targets: Sequence[Target]) -> Table:
-    """Return one row per target."""
-    rows = [
-        (
-            target.name,
-            target.title,
-            "none" if target.builder == "onnxruntime" else target.builder,
-            target.status,
-            ", ".join(target.compute_capabilities),
-            target.opset,
-        )
-        for target in targets
-    ]
-    return rows_table(rows, ("target", "for", "engine by", "status", "compute capabilities", "opset"))
 
 
 def show_findings(findings: Sequence[Finding]) -> Iterator[RenderableType]:

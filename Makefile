@@ -15,6 +15,9 @@ NATIVE  := $(CMAKE) -S runtime/native -DORT_INCLUDE_DIR=$(abspath $(ORT_INCLUDE_
 RUNNER  := $(CMAKE) -S runtime/deploy/cpp -DORT_INCLUDE_DIR=$(abspath $(ORT_INCLUDE_DIR))
 ORT_LIBRARY ?= $(shell ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.* 2>/dev/null)
 
+# A server for the tests of work on a device: the system's, or one that is unpacked and not installed.
+SSHD    := .cache/sshd/path
+
 .PHONY: help setup model native native-asan native-aarch64 runner test-native demo test lint bench clean
 
 help:           ## Show this list
@@ -60,6 +63,9 @@ test-native: $(READY) native native-asan runner ## Run only the tests of the C++
 .cache/onnxruntime-headers/0.4.9/onnxruntime_c_api.h:
 	$(PYTHON) tools/fetch_ort_headers.py
 
+$(SSHD):
+	$(PYTHON) tools/fetch_sshd.py
+
 $(BIN)/cmake: | $(READY)
 	$(BIN)/python -m pip install --quiet cmake
 
@@ -67,7 +73,7 @@ demo: $(READY) $(MODEL)/config.json native ## Convert SmolLM2-135M to Block Attn
 	$(BIN)/depthwire convert $(MODEL) --attn-res block:8 --batch 1 --seq-len 512 --text $(TEXT) --windows 4 \
 	    --target rtx --cc SM86 --cc SM120 -o $(OUT)
 
-test: $(READY) $(MODEL)/config.json native native-asan runner ## Lint, type-check and run every test
+test: $(READY) $(MODEL)/config.json $(SSHD) native native-asan runner ## Lint, type-check and run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p depthwire

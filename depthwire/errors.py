@@ -9,6 +9,7 @@
     ├── ExportError               5   the ONNX file or the artefact cannot be written or read
     ├── BuildError                6   a back end is absent, or cannot build the engine
     ├── ParityError               7   the compiled model computes something else
+    ├── RemoteError               10  a device cannot be reached, or cannot be worked on
     └── InternalError             70  a broken invariant of ours
 
 Business code raises; exactly one place (``depthwire.cli.main``) prints and exits. Every ``code`` is a heading of
@@ -109,6 +110,12 @@ class ParityError(DepthwireError):
     """The compiled model does not compute what the original computes."""
 
     exit_code = 7
+
+
+class RemoteError(DepthwireError):
+    """A device cannot be reached over ssh, or does not let us work on it; the build itself has its own exit codes."""
+
+    exit_code = 10
 
 
 class InternalError(DepthwireError):

@@ -21,6 +21,7 @@ STAGES = {
     "internal",
     "queries",
     "recipe",
+    "remote",
     "result",
     "route",
     "routed-model",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from depthwire import _flow
 from depthwire.artifact import Artifact
-from depthwire.errors import BuildError
+from depthwire.errors import BuildError, UsageError
 from depthwire.recipe import make_recipe
 from depthwire.report import make_report, write_report
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 def has_engine(target: Target) -> bool:
     """Whether something is built for a target; ONNX Runtime runs the ONNX file itself."""
     return target.builder != "onnxruntime"
+
+
+def builds_here(target: Target) -> bool:
+    """Whether the engine is built on this machine; others are built by a bundle, where their GPU is."""
+    return has_engine(target) and target.builds_on != "device"
 
 
 def require_backend(target: Target) -> None:
@@ -58,7 +63,7 @@ def require_backend(target: Target) -> None:
     )
 
 
-def build(directory: Path, options: Mapping[str, object], stages: Stages) -> EngineInfo:
+def build(directory: Path, options: Mapping[str, object], stages: Stages, *, provider: str | None = None) -> EngineInfo:
     """See ``depthwire.api.build``."""
     from depthwire.runtime.target import load_target
 
@@ -68,11 +73,42 @@ def build(directory: Path, options: Mapping[str, object], stages: Stages) -> Eng
     recorded = _flow.recorded_recipe(artifact)
     recipe = make_recipe(options, base=recorded)
     target = load_target(recipe.target)
-    if has_engine(target):
+    if has_engine(target) and provider is None:
         require_backend(target)
-    engine = build_stage(artifact, target, recipe.build, stages)
+    engine = (
+        build_stage(artifact, target, recipe.build, stages)
+        if provider is None
+        else context_stage(artifact, target, provider, recipe.build, stages)
+    )
     write_report(artifact, make_report(artifact, stages))
     return engine
+
+
+def context_stage(
+    artifact: Artifact, target: Target, provider: str, options: BuildOptions, stages: Stages
+) -> EngineInfo:
+    """Let a TensorRT provider of ONNX Runtime compile the graph.
+
+    Raises:
+        UsageError: ``build.provider``: the target is not ONNX Runtime's on a GPU.
+        BuildError: No provider works here, or it fails.
+    """
+    from depthwire.runtime.ort_context import build_context
+
+    if target.name != "ort-cuda":
+        raise UsageError(
+            "build.provider",
+            "Only ONNX Runtime on a GPU has providers to choose from",
+            at="--provider",
+            want="--target ort-cuda",
+            got=f"target {target.name}",
+            todo="Name the target, or leave --provider out.",
+        )
+    with stages.stage("build", f"{target.name}, {provider}") as stage:
+        engine = build_context(artifact, provider, max_batch=options.max_batch)
+        stage.bytes = engine.bytes
+        stage.detail = f"{target.name} by {engine.builder}"
+        return engine
 
 
 def build_stage(artifact: Artifact, target: Target, options: BuildOptions, stages: Stages) -> EngineInfo:

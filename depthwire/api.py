@@ -7,7 +7,7 @@ Options are those of ``depthwire.recipe.OPTIONS``; every function that takes ``*
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from depthwire._options import Options, combine
 from depthwire._results import DryRun, Explanation, Inspection, Result, VerificationError
@@ -376,6 +376,7 @@ def build(
     all_capacities: bool | None = None,
     max_batch: int | None = None,
     strip_weights: bool | None = None,
+    provider: Literal["auto", "tensorrt", "nv-tensorrt-rtx"] | None = None,
     stages: Stages | None = None,
 ) -> EngineInfo:
     """Build an engine from an artefact and list it in the manifest.
@@ -390,6 +391,7 @@ def build(
         all_capacities: One engine for every capacity of a routed model; as above when absent.
         max_batch: One engine for batches of 1 to this, tuned for this; as above when absent.
         strip_weights: Leave the weights out of the engine, which takes a GPU; as above when absent.
+        provider: With target ``ort-cuda``: let this provider of ONNX Runtime compile the graph, on this machine's GPU.
         check_memory: Refuse a build that is predicted not to fit into memory.
         stages: See the module's text.
 
@@ -409,7 +411,7 @@ def build(
         "max_batch": max_batch,
         "strip_weights": strip_weights,
     }
-    return _build.build(Path(directory), options, stages or Stages())
+    return _build.build(Path(directory), options, stages or Stages(), provider=provider)
 
 
 def bundle(

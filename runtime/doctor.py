@@ -6,9 +6,11 @@ imported, in a child process of its own, so that a broken or hanging one costs a
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,6 +35,9 @@ _SMI_REMEDY = "sudo modprobe nvidia && nvidia-smi"
 _RTX_LINE = "pip install 'depthwire[rtx]'"
 _TENSORRT_LINE = "pip install 'depthwire[tensorrt]' --extra-index-url https://pypi.nvidia.com"
 _TRITON_LINE = "pip install 'depthwire[triton]'"
+_ORT_RTX_LINE = "pip install 'depthwire[ort-rtx]'"
+_ORT_TENSORRT_LINE = "pip install 'tensorrt>={0},<{1}' --extra-index-url https://pypi.nvidia.com"
+_NVINFER = re.compile(rb"libnvinfer\.so\.(\d+)")
 _HF_LINE = "pip install 'depthwire[hf]'"
 _ONE_ORT_LINE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
@@ -93,6 +98,13 @@ PACKAGES = (
     Package("gguf", "gguf", "reads GGUF files", _HF_LINE, "0.17"),
     Package("tensorrt-rtx", "tensorrt_rtx", "builds engines for target rtx, on any machine", _RTX_LINE, "1.7"),
     Package("tensorrt", "tensorrt", "builds TensorRT engines, on a machine with a GPU", _TENSORRT_LINE, "10.3"),
+    Package(
+        "onnxruntime-ep-nv-tensorrt-rtx",
+        "onnxruntime_ep_nv_tensorrt_rtx",
+        "runs ONNX models by TensorRT-RTX in ONNX Runtime, on an RTX GPU",
+        _ORT_RTX_LINE,
+        "0.5",
+    ),
     Package("triton", "triton", "compiles GPU kernels of the operators, on Linux", _TRITON_LINE, "3.9"),
 )
 
@@ -107,7 +119,9 @@ def diagnose(*, deep: bool = False, folder: Path | None = None) -> list[Finding]
     found = [_python()]
     found += [_package(package, deep=deep) for package in PACKAGES]
     found.insert(5, _onnxruntime(deep=deep))
-    found += [_kernels(), _polygraphy_command(), _gpu(), _memory(), _disk(folder or Path.cwd())]
+    gpu = _gpu()
+    found += [_kernels(), _polygraphy_command(), gpu, _tensorrt_provider(has_gpu=gpu.status == "present")]
+    found += [_memory(), _disk(folder or Path.cwd())]
     return found
 
 
@@ -253,6 +267,40 @@ def _gpu() -> Finding:
         text = (done.stdout + done.stderr).strip() or f"exit status {done.returncode}"
         return Finding(name, "broken", None, f"nvidia-smi fails: {text.splitlines()[-1]}", _SMI_REMEDY)
     return Finding(name, "present", gpus[0].split(",")[0], "; ".join(gpu.partition(", ")[2] for gpu in gpus))
+
+
+def _tensorrt_provider(*, has_gpu: bool) -> Finding:
+    """Look for the TensorRT that ONNX Runtime's provider is linked against: another major version does not serve it."""
+    name = "TensorRT provider"
+    spec = importlib.util.find_spec("onnxruntime")
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "capi"
+    library = None if folder is None else next(folder.glob("libonnxruntime_providers_tensorrt.so"), None)
+    match = None if library is None else _NVINFER.search(library.read_bytes())
+    if match is None:
+        return Finding(name, "not-applicable", None, "ONNX Runtime comes without a TensorRT provider")
+    major = int(match[1])
+    wanted = f"libnvinfer.so.{major}"
+    purpose = f"runs ONNX models by TensorRT {major} in ONNX Runtime"
+    where = _shared_library(wanted)
+    if where is not None:
+        return Finding(name, "present", str(major), f"{purpose} ({where})")
+    if not has_gpu:
+        return Finding(name, "not-applicable", None, f"{purpose}: no {wanted}, and no GPU for it")
+    return Finding(
+        name, "missing", None, f"{purpose}: {wanted} is not found", _ORT_TENSORRT_LINE.format(major, major + 1)
+    )
+
+
+def _shared_library(name: str) -> str | None:
+    """Return where the dynamic linker, or the package tensorrt, has a shared library of exactly this name."""
+    stem = name.partition(".")[0].removeprefix("lib")
+    if ctypes.util.find_library(stem) == name:
+        return name
+    spec = importlib.util.find_spec("tensorrt_libs")
+    for folder in [] if spec is None else spec.submodule_search_locations or []:
+        if (Path(folder) / name).is_file():
+            return str(Path(folder) / name)
+    return None
 
 
 def _memory() -> Finding:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from depthwire.artifact import KERNELS
 from depthwire.errors import BuildError, UsageError
-from depthwire.runtime import native
+from depthwire.runtime import native, ort_tensorrt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import onnx
     import onnxruntime as ort
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
     from depthwire.artifact import Artifact
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
+CPU = ort_tensorrt.CPU
+CUDA = ort_tensorrt.CUDA
 
 COPY_LIMIT = 2 << 30
 """Bytes of weights beyond which the weights stay memory-mapped unless the caller says otherwise."""
@@ -68,7 +69,7 @@ class KernelOptions:
 def session_from_artifact(
     artifact: Artifact,
     *,
-    providers: Sequence[str] = (CPU,),
+    providers: Sequence[str | tuple[str, Mapping[str, str]]] = (CPU,),
     threads: int | None = None,
     map_weights: bool | None = None,
     extra_outputs: Sequence[str] = (),
@@ -79,7 +80,8 @@ def session_from_artifact(
 
     Args:
         artifact: The artefact; its weights file is used where it lies, never copied.
-        providers: Execution providers, by preference. All of them must load: there is no falling back.
+        providers: Execution providers, by preference, each with options or without
+            (``ort_tensorrt.choose_providers``). All of them must load: there is no falling back.
         threads: Threads within an operator; ``None`` for every CPU this process may use.
         map_weights: Leave the weights in their memory-mapped file instead of copying them into the layout that the
             kernels prefer: no prepacking, and no folding of transposed weights into constants. On a model of 540 MB
@@ -103,7 +105,9 @@ def session_from_artifact(
     options.intra_op_num_threads = threads or _usable_cpus()
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = keep_memory
-    chosen = kernel_options(artifact, providers, kernels=kernels)
+    wanted = [(each, {}) if isinstance(each, str) else (each[0], dict(each[1])) for each in providers]
+    names = [name for name, _ in wanted]
+    chosen = kernel_options(artifact, names, kernels=kernels)
     if chosen is not None:
         chosen.apply(options)
     mapped = artifact.manifest.weight_bytes > COPY_LIMIT if map_weights is None else map_weights
@@ -115,27 +119,33 @@ def session_from_artifact(
         # current directory.
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.root.resolve()))
         model = _with_outputs(artifact, extra_outputs)
-    missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
+    remaining = ort_tensorrt.attach(options, wanted)
+    missing = [name for name, _ in remaining if name not in onnxruntime.get_available_providers()]
     if missing:
-        raise _no_provider(missing, onnxruntime.get_available_providers())
+        raise no_provider(missing, onnxruntime.get_available_providers())
     try:
         session = onnxruntime.InferenceSession(
-            model, options, providers=list(providers), disabled_optimizers=["ConstantFolding"] if mapped else None
+            model, options, providers=remaining or None, disabled_optimizers=["ConstantFolding"] if mapped else None
         )
     except Exception as error:
-        raise BuildError(
-            "runtime.session",
-            "ONNX Runtime refuses the model",
-            at=str(artifact.model),
-            want=f"a session on {', '.join(providers)}",
-            got=f"{type(error).__name__}: {error}",
-            todo="ONNX Runtime's CPU kernels lack bfloat16: convert with --dtype fp32 to verify. Otherwise report "
-            "this with the file.",
-        ) from error
-    unloaded = [name for name in providers if name not in session.get_providers()]
+        raise refused_session(artifact.model, names, error) from error
+    unloaded = [name for name in names if name not in session.get_providers()]
     if unloaded:
-        raise _no_provider(unloaded, session.get_providers())
+        raise no_provider(unloaded, session.get_providers())
     return session
+
+
+def refused_session(model: Path, providers: Sequence[str], error: Exception) -> BuildError:
+    """Return the error for a session that ONNX Runtime does not make."""
+    return BuildError(
+        "runtime.session",
+        "ONNX Runtime refuses the model",
+        at=str(model),
+        want=f"a session on {', '.join(providers)}",
+        got=f"{type(error).__name__}: {error}",
+        todo="ONNX Runtime's CPU kernels lack bfloat16: convert with --dtype fp32 to verify. Otherwise report "
+        "this with the file.",
+    )
 
 
 def kernel_options(
@@ -275,7 +285,8 @@ def _usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _no_provider(missing: Sequence[str], available: Sequence[str]) -> BuildError:
+def no_provider(missing: Sequence[str], available: Sequence[str]) -> BuildError:
+    """Return the error for providers that ONNX Runtime does not have, or could not load."""
     return BuildError(
         "runtime.no-provider",
         "An execution provider of ONNX Runtime is not available",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 @click.command("build")
 @click.argument("directory", type=_options.FILE)
 @click.option("--target", metavar="NAME", help="What to build for; the artefact's own when absent.")
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "tensorrt", "nv-tensorrt-rtx"]),
+    help="With --target ort-cuda: let this provider of ONNX Runtime compile the graph; needs the GPU.",
+)
 @_options.engine_options
 @verb
 def command(
@@ -23,6 +28,7 @@ def command(
     *,
     directory: Path,
     target: str | None,
+    provider: Literal["auto", "tensorrt", "nv-tensorrt-rtx"] | None,
     compute_capabilities: tuple[str, ...],
     workspace: str | None,
     optimization_level: int | None,
@@ -53,6 +59,7 @@ def command(
     engine = build(
         directory,
         target=target,
+        provider=provider,
         compute_capabilities=options.compute_capabilities,
         workspace=options.workspace,
         optimization_level=options.optimization_level,

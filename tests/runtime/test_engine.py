@@ -142,8 +142,8 @@ def test_what_tensorrt_rtx_itself_says_of_a_file_is_an_error(built: Path) -> Non
     path = built / "engine/rtx/model.engine"
     runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
     for blob, code in ((path.read_bytes(), "engine.refused"), (b"x" * 4096, "engine.damaged")):
+        validity, found = runtime.get_engine_validity(blob)
         with pytest.raises(BuildError) as caught:
-            validity, found = runtime.get_engine_validity(blob)
             require_valid(trt, path, validity, found, "")
         assert caught.value.code == code  # a real engine is refused for want of a driver
     for validity in (trt.EngineValidity.VALID, trt.EngineValidity.SUBOPTIMAL):

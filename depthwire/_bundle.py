@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from depthwire.runtime.target import Target
     from depthwire.stages import Stages
 
-BUNDLES = "bundles"
-"""Folder of an artefact with the manifest of every bundle that was made from it; results name one by its hash."""
-
 
 def bundle(directory: Path, device: Target, out: Path | None, options: BundleOptions, stages: Stages) -> BundleInfo:
     """See ``depthwire.api.bundle``."""
@@ -46,6 +43,7 @@ def _outcome(passed: bool | None) -> str:  # noqa: FBT001 - the three values of 
 def _record(artifact: Artifact, info: BundleInfo) -> None:
     """Keep the bundle's manifest, so that a result can be told to belong to this artefact."""
     from depthwire.runtime.deploy.manifest import BUNDLE
+    from depthwire.runtime.device_result import BUNDLES
 
     name = f"{BUNDLES}/{info.sha256[:16]}.json"
     path = artifact.path(name)

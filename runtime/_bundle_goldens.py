@@ -33,6 +33,8 @@ class Runner:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        # Pairs of QuantizeLinear and DequantizeLinear are computed as they stand, not fused into integer kernels.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.problem = ""
         self._session: ort.InferenceSession | None = None
         try:

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from depthwire.artifact import MODEL
-from depthwire.errors import UsageError
+from depthwire.errors import ExportError, UsageError
 from depthwire.runtime.deploy.manifest import RoutingUnit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from onnx import ModelProto
 
     from depthwire.artifact import Artifact, RouteGraph
+    from depthwire.runtime.target import Target
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,43 @@ def expose_routing(model: ModelProto, graph: Graph) -> tuple[RoutingUnit, ...]:
         units.append(RoutingUnit(unit.module, unit.layer, unit.tokens, index, unit.taken))
     _drop_value_info(model, known)
     return tuple(units)
+
+
+def write_plugin_form(model: ModelProto, path: Path, target: Target) -> str:
+    """Make a written graph name its plugins, write them beside it, and return the name of their module in the bundle.
+
+    Raises:
+        BuildError, UsageError: As ``write_plugins``.
+    """
+    from depthwire.runtime.triton.plugin import MODULE, to_plugin_form, write_plugins
+
+    folder = f"plugins/{path.stem}"
+    (capability,) = target.default_compute_capabilities
+    write_plugins(path, capability, path.parent / folder, tensorrt=target.tensorrt or "unknown")
+    to_plugin_form(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return f"{folder}/{MODULE}"
+
+
+def check_graph(path: Path) -> None:
+    """Have ``onnx.checker`` look at a graph that was rewritten.
+
+    Raises:
+        ExportError: ``export.checker``.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            "export.checker",
+            "The ONNX checker refuses the graph that the bundle would carry",
+            at=path.name,
+            want="a model that passes onnx.checker with full_check",
+            got=str(error).strip().splitlines()[0],
+            todo="Report this with the model's configuration.",
+        ) from error
 
 
 def _drop_value_info(model: ModelProto, outputs: set[str]) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from depthwire.errors import UsageError
-from depthwire.runtime._onnx_graph import GraphFacts, read_graph
-from depthwire.runtime._route_network import refuse_wide_selections
 from depthwire.runtime._target_checks import require_form
 from depthwire.runtime.deploy.manifest import BuilderOptions, Platform
+from depthwire.runtime.footprint import Footprint, own_precision, read_model, require_fits
 from depthwire.runtime.target import load_target
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from depthwire.artifact import Artifact
-    from depthwire.runtime.target import Target
+    from depthwire.runtime.target import Precision, Target
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _FLOOR_SHARE, _LEAST_FLOOR = 0.05, 200_000_000
@@ -104,15 +103,22 @@ def builder_options(
     )
 
 
-def predicted_bytes(artifact: Artifact, target: Target) -> tuple[GraphFacts, int | None]:
-    """Return the facts of an artefact's graph and the predicted peak memory of its build."""
-    facts = read_graph(artifact.model)
-    if target.memory is None:
-        return facts, None
-    return facts, target.memory.predict(weight_bytes=facts.weight_bytes, products=facts.products, nodes=facts.nodes)
+def require_target(artifact: Artifact, target: Target) -> Footprint:
+    """Refuse a graph that the target cannot hold or compute, naming layer and limit.
 
+    Args:
+        artifact: The artefact, with the graph in question chosen.
+        target: The target, under its JetPack and with its flavour.
 
-def refuse_unfit(artifact: Artifact, target: Target) -> None:
-    """Refuse a graph that breaks a limit of the target, naming the layer and the limit."""
-    if target.topk_limit is not None:
-        refuse_wide_selections(artifact.model)
+    Returns:
+        The memory that the graph is predicted to take.
+
+    Raises:
+        UsageError: ``target.precision-unsupported``.
+        BuildError: ``target.topk-limit`` or ``target.memory-limit``.
+    """
+    facts = read_model(artifact.model)
+    precision = artifact.manifest.precision
+    asked = own_precision(facts) if precision is None else cast("Precision", precision.asked)
+    target.require_precision(asked, target.default_compute_capabilities)
+    return require_fits(target, facts)

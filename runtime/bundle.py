@@ -19,22 +19,22 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from depthwire.artifact import GOLDENS, MANIFEST, WEIGHTS, sha256_file
+from depthwire.artifact import GOLDENS, MANIFEST, MODEL, WEIGHTS, sha256_file
 from depthwire.errors import ParityError, UsageError
 from depthwire.runtime import _bundle_goldens as goldens_
-from depthwire.runtime._bundle_graph import Graph, expose_routing, graphs_of
+from depthwire.runtime._bundle_graph import Graph, check_graph, expose_routing, graphs_of, write_plugin_form
 from depthwire.runtime._bundle_platform import (
     builder_options,
     form_of,
     platform_of,
-    predicted_bytes,
-    refuse_unfit,
+    require_target,
     with_flavour,
 )
 from depthwire.runtime._bundle_proxy import parse_as_proxy
 from depthwire.runtime._bundle_readme import readme
 from depthwire.runtime._bundle_script import write_script
 from depthwire.runtime._judge import output_kinds
+from depthwire.runtime._onnx_lower import lower
 from depthwire.runtime.deploy.judge import judge_window
 from depthwire.runtime.deploy.manifest import (
     BUNDLE,
@@ -49,20 +49,21 @@ from depthwire.runtime.deploy.manifest import (
     encode,
 )
 from depthwire.runtime.deploy.steps import describe
+from depthwire.runtime.footprint import own_precision, read_model
 from depthwire.runtime.tolerances import tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from onnx import ModelProto
-
     from depthwire.artifact import Artifact
+    from depthwire.runtime.footprint import Footprint
     from depthwire.runtime.target import Target
 
 LATENCY_RUNS = 200
 _WARMUP_RUNS, _WARMUP_SECONDS = 20, 1.0
 _WORK = "work"
+_NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,21 @@ def write_bundle(
         BuildError: The model does not fit the device.
         ParityError: The graph, in the form it would travel in, does not compute the goldens (``bundle.self-check``).
     """
-    options = options or BundleOptions()
+    options, notes = options or BundleOptions(), list(target.notes)
     _require_runs(options.latency_runs)
     say = progress or (lambda _step: None)
     target = with_flavour(target, options.flavour)
     form = form_of(target, options.form, artifact.manifest.custom_ops)
     chosen = graphs_of(artifact, options.capacities)
-    for graph in chosen:
-        refuse_unfit(artifact.with_graph(graph.file), target)
+    needs = [require_target(artifact.with_graph(graph.file), target) for graph in chosen]
     with _temporary_sibling(out) as root:
-        _link(artifact.path(WEIGHTS), root / WEIGHTS)
-        models = [_write_model(artifact, target, graph, root, say) for graph in chosen]
+        # A copy, not a hard link: onnx.checker refuses weights that have two names, the artefact's own from then on.
+        shutil.copyfile(artifact.path(WEIGHTS), root / WEIGHTS)
+        models = []
+        for graph, footprint in zip(chosen, needs, strict=True):
+            written, done = _write_model(_Place(artifact, target, root, form, say), graph, footprint)
+            models.append(written)
+            notes += [f"{graph.file}: {note}" for note in done]
         say("script")
         write_script(root)
         bundle = Bundle(
@@ -150,7 +155,6 @@ def write_bundle(
             artifact=artifact_id(artifact),
             platform=platform_of(target),
             form=form,
-            plugins=None,
             precision=_precision(artifact),
             task=artifact.manifest.source.task,
             builder=builder_options(
@@ -162,7 +166,7 @@ def write_bundle(
             models=tuple(models),
             latency=LatencyProtocol(_WARMUP_RUNS, _WARMUP_SECONDS, options.latency_runs),
             proxies=tuple(parse_as_proxy(root / model.file, model.file) for model in models),
-            notes=tuple(target.unconfirmed),
+            notes=(*notes, *target.unconfirmed),
             files={},
         )
         (root / "README.md").write_text(readme(bundle), encoding="utf-8")
@@ -220,35 +224,58 @@ def _require_runs(runs: int) -> None:
         )
 
 
-def _write_model(artifact: Artifact, target: Target, graph: Graph, root: Path, say: Callable[[str], None]) -> Model:
+@dataclass(frozen=True)
+class _Place:
+    """What every model of a bundle is written with."""
+
+    artifact: Artifact
+    target: Target
+    root: Path
+    form: str
+    say: Callable[[str], None]
+
+
+def _write_model(place: _Place, graph: Graph, needs: Footprint) -> tuple[Model, tuple[str, ...]]:
+    """Write one graph with its goldens and plugins; return what was done to it, too."""
     import onnx
 
-    say(f"graph {graph.file}")
+    artifact, target, root = place.artifact, place.target, place.root
+    place.say(f"graph {graph.file}")
     proto = onnx.load(str(artifact.path(graph.file)), load_external_data=False)
     routing = expose_routing(proto, graph)
-    _save(proto, root / graph.file)
-    outputs = _outputs(artifact)
+    lowered = lower(
+        proto,
+        missing=target.operators_missing,
+        expand_functions=target.expand_functions,
+        parser_opset=target.parser_opset,
+    )
     stem = graph.file.removesuffix(".onnx")
+    (root / graph.file).write_bytes(lowered.model.SerializeToString(deterministic=True))
+    check_graph(root / graph.file)
+    plugins = None
+    if place.form == "plugin":
+        place.say(f"plugins of {graph.file}")
+        plugins = write_plugin_form(lowered.model, root / graph.file, target)
     inputs = tuple(Tensor(info.name, tuple(info.shape), info.dtype) for info in artifact.manifest.inputs)
-    own = graph.file == artifact.model.name
-    say(f"goldens of {graph.file}")
-    facts, predicted = predicted_bytes(artifact.with_graph(graph.file), target)
+    own = graph.file == MODEL
+    place.say(f"goldens of {graph.file}")
     model = Model(
         file=graph.file,
         engine=f"{stem}.engine",
+        plugins=plugins,
         capacity=graph.capacity,
-        opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
+        opset=next(entry.version for entry in lowered.model.opset_import if entry.domain == ""),
         inputs=inputs,
-        outputs=outputs,
+        outputs=_outputs(artifact),
         routing=routing,
         windows=0,
         goldens=f"goldens/{stem}",
         reference=goldens_.TORCH if own else goldens_.ONNX_RUNTIME,
         routing_reference=goldens_.ONNX_RUNTIME if routing else "nothing is routed",
-        weight_bytes=facts.weight_bytes,
-        predicted_bytes=predicted,
+        weight_bytes=needs.weight_bytes,
+        predicted_bytes=needs.build_bytes,
     )
-    return _write_goldens(artifact, model, root, own=own)
+    return _write_goldens(artifact, model, root, own=own), lowered.notes
 
 
 def _write_goldens(artifact: Artifact, model: Model, root: Path, *, own: bool) -> Model:
@@ -293,9 +320,12 @@ def _self_check(model: Model, got: str) -> ParityError:
 def _outputs(artifact: Artifact) -> tuple[Output, ...]:
     kinds, causal = output_kinds(artifact.manifest), artifact.manifest.source.task == "causal-lm"
     scored = causal and any(info.name == "input_ids" for info in artifact.manifest.inputs)
-    outputs = []
+    precision, outputs = artifact.manifest.precision, []
+    # Outputs stay float32; what was rounded inside the graph has the budgets of its dtype.
+    rest = "float32" if precision is None else _NUMPY[precision.rest]
     for info in artifact.manifest.outputs:
-        kind, computed = kinds[info.name], info.dtype
+        kind = kinds[info.name]
+        computed = rest if info.dtype == "float32" else info.dtype
         budget = tolerance(computed, kind)
         nll = tolerance(computed, "nll").atol if scored and kind == "logits" else None
         shape = tuple(info.shape)
@@ -306,24 +336,13 @@ def _outputs(artifact: Artifact) -> tuple[Output, ...]:
 
 
 def _precision(artifact: Artifact) -> str:
-    dtypes = artifact.manifest.dtypes
-    return next((short for long, short in (("bfloat16", "bf16"), ("float16", "fp16")) if long in dtypes), "fp32")
+    precision = artifact.manifest.precision
+    return own_precision(read_model(artifact.model)) if precision is None else precision.asked
 
 
 def _disk(models: Sequence[Model]) -> int:
     # Engines are about as large as their weights; each is written beside the one it replaces; outputs are small.
     return sum(model.weight_bytes for model in models) * 2 + 256 * 2**20
-
-
-def _save(model: ModelProto, path: Path) -> None:
-    path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
 
 
 def _entries(root: Path) -> dict[str, FileEntry]:

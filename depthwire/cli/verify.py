@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.argument("directory", type=_options.FILE)
 @click.option("--source", help="Where the model lies now, if it has moved.")
 @_options.window_options
+@click.option("--result", type=_options.FILE, help="Read back what a device found (result.json); nothing else is run.")
 @click.option("--goldens-only", is_flag=True, help="Compare with the stored outputs alone; needs no source.")
 @verb
 def command(
@@ -27,6 +28,7 @@ def command(
     text: Path | None,
     inputs: Path | None,
     windows: int | None,
+    result: Path | None,
     goldens_only: bool,
 ) -> None:
     """Compare the artefact DIRECTORY with the model it came from, layer by layer where they differ.
@@ -37,6 +39,10 @@ def command(
     from depthwire.cli._show import show_comparison
 
     stages = ui.stages()
+    if result is not None:
+        given = {"--source": source, "--text": text, "--inputs": inputs, "--windows": windows}
+        _read_back(ui, directory, result, [*(n for n, v in given.items() if v is not None), *_flag(goldens_only)])
+        return
     try:
         report = verify(
             directory,
@@ -51,3 +57,28 @@ def command(
         ui.show(*show_comparison(error.report))
         raise
     ui.result({**report.as_dict(), "stages": stages.as_list()}, *show_comparison(report))
+
+
+def _flag(goldens_only: bool) -> list[str]:  # noqa: FBT001 - the option's value
+    return ["--goldens-only"] if goldens_only else []
+
+
+def _read_back(ui: Ui, directory: Path, result: Path, others: list[str]) -> None:
+    from depthwire.api import verify_result
+    from depthwire.cli._show_device import show_device_result
+    from depthwire.errors import UsageError
+
+    if others:
+        raise UsageError(
+            "verify.result-alone",
+            "A device's result brings its own inputs and outputs",
+            at="--result",
+            want="no other option",
+            got=", ".join(others),
+            todo="Leave them out; without --result the artefact itself is compared.",
+        )
+    judged = verify_result(directory, result, stages=ui.stages())
+    if not judged.passed:
+        ui.show(*show_device_result(judged))
+    judged.require_passed()
+    ui.result(judged.as_dict(), *show_device_result(judged))

@@ -112,6 +112,7 @@ class Model:
     Attributes:
         file: The ONNX file.
         engine: Name of the engine in the work directory.
+        plugins: Module to import before the graph is parsed, ``None`` with form ``function``.
         capacity: Share of the tokens that routed layers compute, as a fraction; ``None`` where nothing is routed.
         opset: Of the standard domain.
         inputs: The network's inputs.
@@ -127,6 +128,7 @@ class Model:
 
     file: str
     engine: str
+    plugins: str | None
     capacity: str | None
     opset: int
     inputs: tuple[Tensor, ...]
@@ -233,7 +235,6 @@ class Bundle:
         artifact: Where it came from.
         platform: What the device must be.
         form: ``function`` (bodies in the file) or ``plugin``.
-        plugins: Path of the plugin module, ``None`` with form ``function``.
         precision: What was asked for: ``fp32``, ``fp16``, …
         task: ``causal-lm``, … of the source model.
         builder: How the engines are built.
@@ -251,7 +252,6 @@ class Bundle:
     artifact: ArtifactId
     platform: Platform
     form: str
-    plugins: str | None
     precision: str
     task: str | None
     builder: BuilderOptions
@@ -333,15 +333,17 @@ def read_bundle(root: Path) -> Bundle:
     bundle = decode(Bundle, raw)
     if not bundle.models:
         raise BundleError(f"{path} names no model")
-    named = [name for model in bundle.models for name in (model.file, model.goldens)]
-    for name in (*bundle.files, *named, *([] if bundle.plugins is None else [bundle.plugins])):
+    for name in bundle.files:
         inside(root, name)
     for model in bundle.models:
+        used = [model.file, *([] if model.plugins is None else [model.plugins])]
+        for name in (*used, model.goldens):
+            inside(root, name)
         if PurePosixPath(model.engine).name != model.engine or model.engine.startswith("."):
             raise BundleError(f"{BUNDLE} names an engine outside the work directory: {model.engine}")
-        for listed in (model.file, *([] if bundle.plugins is None else [bundle.plugins])):
-            if listed not in bundle.files:
-                raise BundleError(f"{BUNDLE} uses {listed} without its hash")
+        missing = [name for name in used if name not in bundle.files]
+        if missing:
+            raise BundleError(f"{BUNDLE} uses {missing[0]} without its hash")
     return bundle
 
 

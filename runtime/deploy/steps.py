@@ -53,7 +53,7 @@ def build(run: Run, model: Model, state: State, inputs: str) -> dict[str, Any]:
     if known is not None:
         run.say("ok", model.engine, f"built earlier, {known['bytes'] / 1e6:.1f} MB, unchanged")
         return {**head, "resumed": True, **known}
-    options, plugins = run.bundle.builder, run.bundle.plugins
+    options = run.bundle.builder
     partial = run.work / f".{model.engine}.partial"
     request = {
         "kind": "build",
@@ -61,7 +61,7 @@ def build(run: Run, model: Model, state: State, inputs: str) -> dict[str, Any]:
         "model": str(inside(run.root, model.file)),
         "engine": str(partial),
         "cache": str(run.work / CACHE),
-        "plugins": None if plugins is None else str(inside(run.root, plugins)),
+        "plugins": None if model.plugins is None else str(inside(run.root, model.plugins)),
         **asdict(options),
     }
     run.say("..", model.engine, f"building from {model.file} ({model.weight_bytes / 1e6:.1f} MB of weights)")

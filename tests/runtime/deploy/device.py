@@ -82,14 +82,14 @@ def command(python: Path, bundle: Path, *arguments: str) -> list[str]:
     return [str(python), str(bundle / SCRIPT), "--json", *arguments]
 
 
-def run(python: Path, bundle: Path, *arguments: str, **options: Any) -> Ran:
+def run(python: Path, bundle: Path, *arguments: str, environment: dict[str, str] | None = None, **options: Any) -> Ran:
     """Run the script, from another directory than the bundle's and without anything of ours in the environment."""
     done = subprocess.run(
         command(python, bundle, *arguments),
         capture_output=True,
         text=True,
         cwd="/",
-        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **(environment or {})},
         timeout=300,
         check=False,
         **options,

@@ -91,8 +91,10 @@ __all__ = [
     "require_fits",
 ]
 
-INT4_BLOCK = 32
+INT4_BLOCK = 64
 """Weights that share a scale in int4-weights."""
+EIGHT_BIT_SHARE = 0.25
+"""Largest share of the linear weights that int4-weights gives 8 bits; what is predicted has all of it."""
 
 _FLOAT32, _HALF = 4, 2
 
@@ -206,12 +208,14 @@ def weight_bytes(facts: ModelFacts, precision: Precision, rest: int) -> int:
         rest: Bytes of an element of what is not quantised: 4 or 2.
     """
     weights = facts.weights
+    four, eight = 1 - EIGHT_BIT_SHARE, EIGHT_BIT_SHARE
+    scales = weights.linear * four / INT4_BLOCK + weights.channels * eight
     linear = {
         "fp32": _FLOAT32 * weights.linear,
         "fp16": _HALF * weights.linear,
         "bf16": _HALF * weights.linear,
         "int8": weights.linear + rest * weights.channels,
-        "int4-weights": weights.linear // 2 + rest * weights.linear // INT4_BLOCK,
+        "int4-weights": round(weights.linear * (four / 2 + eight) + rest * scales),
     }[precision]
     return linear + rest * (weights.embedding + weights.rest) + weights.fixed
 

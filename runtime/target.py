@@ -161,11 +161,6 @@ class Target(BaseModel):
         return not self.unconfirmed
 
     @property
-    def status(self) -> str:
-        """``implemented``: every builder that a target names exists."""
-        return "implemented"
-
-    @property
     def jetpacks(self) -> tuple[str, ...]:
         """JetPack releases that there are facts of, the default one first."""
         return () if self.jetpack is None else (self.jetpack, *self.variants)

@@ -149,16 +149,16 @@ def estimate_seconds(facts: GraphFacts) -> float:
 
 
 def _check_options(target: Target, workspace_bytes: int | None, level: int | None, max_batch: int | None) -> None:
-    if target.builder != "tensorrt-rtx" or target.status != "implemented":
+    if target.builder != "tensorrt-rtx":
         raise UsageError(
             "target.nothing-to-build",
-            f"Target {target.name} has no engine to build",
+            f"Target {target.name} has no engine to build here",
             at=f"target {target.name}",
             want="a target whose builder is tensorrt-rtx",
-            got=f"builder {target.builder}, {target.status}",
-            todo="model.onnx is what runs there: 'depthwire verify' and 'depthwire bench' take it as it is."
+            got=f"builder {target.builder}",
+            todo="model.onnx is what runs there: 'depthwire verify' takes it as it is."
             if target.builder == "onnxruntime"
-            else "'depthwire targets' lists what can be built.",
+            else f"'depthwire bundle DIRECTORY --target {target.name}' writes what builds the engine on the device.",
         )
     wrong = []
     if level is not None and not 0 <= level <= 5:

@@ -126,6 +126,13 @@ def test_a_damaged_file_is_our_error(file: str, old: str, new: str) -> None:
     assert file in (caught.value.at or "")
 
 
+def test_limits_are_of_gpus_that_are_supported() -> None:
+    data = load_target("rtx").model_dump()
+    data["precision_limits"]["SM87"] = ["fp16"]
+    with pytest.raises(ValueError, match="not supported"):
+        Target.model_validate(data)
+
+
 def test_supported_and_refused_exclude_each_other() -> None:
     data = load_target("rtx").model_dump()
     data["refused_compute_capabilities"]["SM86"] = "no"
@@ -253,6 +260,18 @@ def test_a_precision_that_a_target_does_not_have(name: str, precision: Precision
     assert caught.value.code == "target.precision-unsupported"
     assert precision in (caught.value.at or "")
     assert "fp32" in (caught.value.want or "")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4-weights"])
+def test_a_precision_that_one_gpu_of_a_target_does_not_have(precision: Precision) -> None:
+    rtx = load_target("rtx")
+    rtx.require_precision(precision, ["SM80", "SM86"])
+    with pytest.raises(UsageError) as caught:
+        rtx.require_precision(precision, ["SM75", "SM86"])
+    assert caught.value.code == "target.precision-unsupported"
+    assert "rtx for SM75" in caught.value.what
+    assert caught.value.want == "one of fp16, int8"
+    rtx.require_precision("fp16", ["SM75"])
 
 
 def test_a_precision_that_it_has_is_taken() -> None:

@@ -243,9 +243,11 @@ def _write_model(place: _Place, graph: Graph, needs: Footprint) -> tuple[Model, 
     place.say(f"graph {graph.file}")
     proto = onnx.load(str(artifact.path(graph.file)), load_external_data=False)
     routing = expose_routing(proto, graph)
+    # The builders behind some parsers die of an Attention that the parser reads.
+    unwanted = ("Attention",) if target.attention == "decomposed" else ()
     lowered = lower(
         proto,
-        missing=target.operators_missing,
+        missing={*target.operators_missing, *unwanted},
         expand_functions=target.expand_functions,
         parser_opset=target.parser_opset,
     )

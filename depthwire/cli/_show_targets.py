@@ -30,17 +30,18 @@ def show_targets(targets: Sequence[Target]) -> Table:
     from rich.text import Text
 
     every = get_args(Precision)
-    table = Table(title_justify="left", caption=f"all precisions: {', '.join(every)}", caption_justify="left")
-    for name in ("target", "SM", "memory", "builder", "custom ops", "precisions", "here"):
+    table = Table(caption=f"all precisions: {', '.join(every)}", caption_justify="left")
+    for name in ("target", "SM", "memory", "builder (JetPack)", "built", "ops", "precisions", "tried"):
         wide = name == "SM"
-        table.add_column(name, no_wrap=not wide, min_width=10 if wide else None, overflow="fold")
+        table.add_column(name, no_wrap=not wide, min_width=8 if wide else None, overflow="fold")
     for target in targets:
         lacks = [name for name in every if name not in target.precisions]
         cells = (
             target.name,
             " ".join(name.removeprefix("SM") for name in target.compute_capabilities),
             _memory(target).removesuffix(" shared"),
-            _builder(target) + (f", JetPack {target.jetpack}" if target.jetpack else ""),
+            _builder(target) + (f" ({target.jetpack})" if target.jetpack else ""),
+            _built(target),
             target.custom_ops,
             f"not {', '.join(lacks)}" if lacks else "all",
             _TRIED[target.tried].removesuffix(", not run"),
@@ -111,13 +112,13 @@ def _memory(target: Target) -> str:
 
 def _builder(target: Target) -> str:
     if target.builder == "onnxruntime":
-        return "none (ONNX Runtime)"
+        return "ONNX Runtime"
     name = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[target.builder]
     return f"{name} {target.tensorrt}"
 
 
 def _built(target: Target) -> str:
-    return {"anywhere": "anywhere", "device": "on the device", None: ""}[target.builds_on]
+    return {"anywhere": "here", "device": "on device", None: ""}[target.builds_on]
 
 
 def _range(target: Target) -> str:

@@ -146,10 +146,30 @@ def test_an_engine_of_a_device_is_not_built_here(name: str, converted: Path, tmp
     assert "depthwire bundle DIRECTORY --target" in (caught.value.todo or "")
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--target", "ort-cuda", "--precision", "int4-weights"), "ort-cuda"),
+        (("--target", "rtx", "--precision", "int4-weights", "--cc", "SM75"), "rtx for SM75"),
+        (("--target", "ort-cpu", "--precision", "bf16"), "ort-cpu"),
+    ],
+)
+def test_a_precision_that_a_target_lacks_ends_a_conversion_before_it_begins(
+    options: tuple[str, ...], word: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "rtx" in options:
+        pytest.importorskip("tensorrt_rtx")
+    assert main(["convert", str(tiny), "-o", str(tmp_path / "out"), *options, "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)
+    assert error["error"] == "target.precision-unsupported"
+    assert word in error["what"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_list_of_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["targets"]) == 0
     text = capsys.readouterr().out
-    assert "TensorRT 10.3, JetPack 6.2" in text
+    assert "TensorRT 10.3 (6.2)" in text
     assert "not int4-weights" in text
     assert "75 80 86" in text
     assert main(["targets", "--json"]) == 0

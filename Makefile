@@ -18,7 +18,7 @@ ORT_LIBRARY ?= $(shell ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxrunti
 # A server for the tests of work on a device: the system's, or one that is unpacked and not installed.
 SSHD    := .cache/sshd/path
 
-.PHONY: help setup model native native-asan native-aarch64 runner test-native demo test lint bench clean
+.PHONY: help setup model native native-asan native-aarch64 runner test-native wheels demo test lint bench clean
 
 help:           ## Show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -57,6 +57,11 @@ runner: $(READY) native ## Build depthwire_run, which runs an artefact without P
 	$(RUNNER) -B .cache/native/runner-asan -DCMAKE_BUILD_TYPE=Debug -DORT_LIBRARY=$(ORT_LIBRARY) -DDEPTHWIRE_SANITIZE=ON
 	$(CMAKE) --build .cache/native/runner-asan --parallel
 
+wheels: $(READY) $(ORT_INCLUDE_DIR)/onnxruntime_c_api.h $(CMAKE) ## Build the wheels: x86-64 and aarch64 with kernels, and without
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt auditwheel ziglang
+	$(BIN)/python tools/build_wheels.py -o dist
+	for wheel in dist/*manylinux*.whl; do $(BIN)/python -m auditwheel show $$wheel || exit 1; done
+
 test-native: $(READY) native native-asan runner ## Run only the tests of the C++ code
 	$(BIN)/pytest -p no:randomly tests/runtime/native tests/runtime/deploy/test_cpp_runner.py
 
@@ -66,6 +71,10 @@ test-native: $(READY) native native-asan runner ## Run only the tests of the C++
 $(SSHD):
 	$(PYTHON) tools/fetch_sshd.py
 
+# TensorRT's plugin code in Python and its stubs, for the tests: no TensorRT.
+.cache/tensorrt-python: | $(READY)
+	$(BIN)/python tools/fetch_tensorrt_python.py
+
 $(BIN)/cmake: | $(READY)
 	$(BIN)/python -m pip install --quiet cmake
 
@@ -73,7 +82,7 @@ demo: $(READY) $(MODEL)/config.json native ## Convert SmolLM2-135M to Block Attn
 	$(BIN)/depthwire convert $(MODEL) --attn-res block:8 --batch 1 --seq-len 512 --text $(TEXT) --windows 4 \
 	    --target rtx --cc SM86 --cc SM120 -o $(OUT)
 
-test: $(READY) $(MODEL)/config.json $(SSHD) native native-asan runner ## Lint, type-check and run every test
+test: $(READY) $(MODEL)/config.json $(SSHD) .cache/tensorrt-python native native-asan runner ## Lint, type-check and run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p depthwire

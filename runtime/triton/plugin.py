@@ -125,7 +125,7 @@ def write_plugins(model: Path, capability: str, folder: Path, *, tensorrt: str) 
             "tensorrt_minimum": ".".join(map(str, PLUGINS_SINCE)),
             "compute_capability": capability,
             "nodes": len(operators),
-            "operators": {name: _operator_json(found) for name, found in variants.items()},
+            "operators": {name: operator_json(found) for name, found in variants.items()},
             "kernels": {key: _kernel_json(code) for key, code in codes.items()},
         }
         (fresh / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -217,7 +217,8 @@ def _file(code: PluginCode) -> str:
     return f"{code.spec.key}-{code.capability.lower()}.{code.form}"
 
 
-def _operator_json(variants: list[Operator]) -> dict[str, Any]:
+def operator_json(variants: list[Operator]) -> dict[str, Any]:
+    """Return what ``plugins.json`` says of one operator."""
     first = variants[0]
     return {
         "inputs": list(first.inputs),

@@ -172,10 +172,10 @@ def surprise_score(
         change += tl.sum(tl.where(back == 0, moved, 0.0), axis=1)
     # What lies before the first valid token counts as that one, which the windows of later tiles do not reach.
     before = tl.zeros([COLUMNS], tl.float32)
+    width = tl.where((first < tokens) & (begin - WINDOW < first), WIDTH, 0)
     for left in range(0, WIDTH, COLUMNS):
         column = left + tl.arange(0, COLUMNS)
-        wanted = (column < WIDTH) & (first < tokens) & (begin < first + WINDOW)
-        actual = tl.load(delta + first.to(tl.int64) * WIDTH + column, mask=wanted, other=0.0).to(tl.float32)
+        actual = tl.load(delta + first.to(tl.int64) * WIDTH + column, mask=column < width, other=0.0).to(tl.float32)
         before += actual * actual
     missing = (WINDOW - behind).to(tl.float32)
     average = (total + missing * (tl.sum(before, 0) * (1.0 / WIDTH))) * (1.0 / WINDOW)

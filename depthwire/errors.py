@@ -9,6 +9,7 @@
     ├── ExportError               5   the ONNX file or the artefact cannot be written or read
     ├── BuildError                6   a back end is absent, or cannot build the engine
     ├── ParityError               7   the compiled model computes something else
+    ├── DeviceError               8   a device is not what the bundle was made for, or lacks something
     ├── RemoteError               10  a device cannot be reached, or cannot be worked on
     └── InternalError             70  a broken invariant of ours
 
@@ -110,6 +111,12 @@ class ParityError(DepthwireError):
     """The compiled model does not compute what the original computes."""
 
     exit_code = 7
+
+
+class DeviceError(DepthwireError):
+    """A device fails a check of ``build_and_verify.py``. (Its exit code 9, built but not verified, is no error.)"""
+
+    exit_code = 8
 
 
 class RemoteError(DepthwireError):

@@ -8,7 +8,7 @@ wanted. The folder that it works in::
     ROOT/.depthwire     says that the folder is ours: nothing else is ever removed or overwritten
     ROOT/bundle/        the files of the bundle; ``NAME.part`` while one is on its way
     ROOT/work/          what ``build_and_verify.py`` writes
-    ROOT/run/           lock (held while the script runs), run.json, exit.json, device.log
+    ROOT/run/           lock (held while the script runs), run.json, exit.json, bundle.json (whose work/ is), device.log
 
 The script runs in a session of its own under a small supervisor, which outlives the connection and writes down how it
 ended. Whether it still runs is told by the lock alone, which the kernel releases with the last process that holds it.
@@ -233,21 +233,25 @@ def _inventory(folder: Folder, files: dict[str, dict[str, object]]) -> None:
     say("space", bytes=space.f_bavail * space.f_frsize)
 
 
-def start(folder: Folder, *, key: str, once: str, script: str, arguments: list[str], offset: int) -> None:
+def start(folder: Folder, *, labels: dict[str, str], script: str, arguments: list[str], offset: int) -> None:
     """Run the script, unless the same request did so before, and follow it."""
-    _start(folder, key=key, once=once, command=[sys.executable, "-u", script, *arguments])
+    if (folder.read("run.json") or {}).get("once") != labels["once"]:
+        _start(folder, labels, [sys.executable, "-u", script, *arguments])
     follow(folder, offset)
 
 
-def _start(folder: Folder, *, key: str, once: str, command: list[str]) -> None:
+def _start(folder: Folder, labels: dict[str, str], command: list[str]) -> None:
     """Start a supervisor that outlives this connection."""
-    if (folder.read("run.json") or {}).get("once") == once:
-        return
     handle = folder.lock("lock", patience=2.0)
-    if handle is None and (folder.read("run.json") or {}).get("once") == once:
-        return
     if handle is None:
+        if (folder.read("run.json") or {}).get("once") == labels["once"]:
+            return
         raise RefusedError("busy", "a script that was started meanwhile")
+    if (folder.read("bundle.json") or {}).get("bundle") != labels["bundle"]:
+        shutil.rmtree(folder.path("work"))  # of another bundle
+        folder.path("work").mkdir()
+        folder.write("bundle.json", {"bundle": labels["bundle"]})
+    folder.path("work", "result.json").unlink(missing_ok=True)
     folder.forget()
     ready, done = os.pipe()
     if os.fork():
@@ -262,13 +266,13 @@ def _start(folder: Folder, *, key: str, once: str, command: list[str]) -> None:
         os._exit(0)
     try:
         code = 1
-        _supervise(folder, handle, done, labels={"key": key, "once": once}, command=command)
+        _supervise(folder, handle, done, labels, command)
         code = 0
     finally:
         os._exit(code)
 
 
-def _supervise(folder: Folder, lock: int, done: int, *, labels: dict[str, object], command: list[str]) -> None:
+def _supervise(folder: Folder, lock: int, done: int, labels: dict[str, str], command: list[str]) -> None:
     empty = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(empty, stream)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -134,14 +135,15 @@ class Connection:
         Raises:
             RemoteError: ``remote.unreachable``, ``remote.auth``, ``remote.host-key`` or ``remote.no-ssh``.
         """
-        if shutil.which("ssh") is None:
+        windows = os.name == "nt"
+        if windows or shutil.which("ssh") is None:
             raise RemoteError(
                 "remote.no-ssh",
-                "The OpenSSH client is not installed here",
+                "There is no OpenSSH client here that can share a connection",
                 at="PATH",
-                want="ssh",
-                got="no such command",
-                todo="Install it: on Debian and Ubuntu 'apt install openssh-client'.",
+                want="ssh of OpenSSH, on Linux or macOS",
+                got="Windows, whose ssh has no control sockets" if windows else "no such command",
+                todo="Install it: on Debian and Ubuntu 'apt install openssh-client'; on Windows use WSL.",
             )
         try:
             self.ensure()

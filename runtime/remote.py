@@ -73,6 +73,7 @@ class RemoteResult:
 
     Attributes:
         exit_code: Of ``build_and_verify.py``.
+        host: Where it ran.
         files: Name → size and hash of what was fetched.
         out: Where it lies.
         folder: The folder on the device; ``None`` when it was removed.
@@ -84,6 +85,7 @@ class RemoteResult:
     """
 
     exit_code: int
+    host: str
     files: Mapping[str, File]
     out: Path
     folder: str | None
@@ -138,7 +140,14 @@ def drive(
         return run.whole(state, out, keep=keep, parents=0 if folder is not None else 1)
 
 
-def cancel(bundle: Path, device: Device, *, folder: str | None = None, patience: Patience | None = None) -> None:
+def cancel(
+    bundle: Path,
+    device: Device,
+    *,
+    folder: str | None = None,
+    stages: Stages | None = None,
+    patience: Patience | None = None,
+) -> None:
     """End what runs on a device for a bundle and remove its folder there; nothing to end is no error.
 
     Raises:
@@ -149,8 +158,8 @@ def cancel(bundle: Path, device: Device, *, folder: str | None = None, patience:
     files = read_bundle(bundle)
     target = str(json.loads((bundle / MANIFEST).read_text(encoding="utf-8")).get("target", "bundle"))
     root = folder if folder is not None else default_folder(target, files)
-    run = _Run(bundle, files, [], patience or Patience(), Stages(), Connection(device, root))
-    with run.connection:
+    run = _Run(bundle, files, [], patience or Patience(), stages or Stages(), Connection(device, root))
+    with run.step("cancel", f"{root} on {device}"), run.connection:
         run.ask("stop")
         run.ask("finish", keep=False, parents=0 if folder is not None else 1)
 
@@ -169,6 +178,7 @@ class _Run:
     restarts: int = 0
     offset: int = 0
     signs_of_life: int = 0
+    begun: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
     stage: Stage | None = None
 
@@ -181,7 +191,7 @@ class _Run:
     def connection_step(self) -> Iterator[dict[str, Any]]:
         """Connect, look at what there is, and stay connected while the body runs."""
         with ExitStack() as stack:
-            with self._step("connect", str(self.connection.device)):
+            with self.step("connect", str(self.connection.device)):
                 stack.enter_context(self.connection)
                 state = self._state()
             yield state
@@ -190,24 +200,25 @@ class _Run:
         """Do all steps behind the first."""
         resumed = state["state"] in {"running", "ended"}
         if not resumed:
-            with self._step("copy", state["root"]) as stage:
+            with self.step("copy", state["root"]) as stage:
                 self._again(lambda: upload(self.connection, self.bundle, self.files, self._show))
                 stage.bytes = self.connection.sent
-        with self._step("device", SCRIPT) as stage:
+        with self.step("device", SCRIPT) as stage:
             try:
-                code = self._build(started=resumed)
+                code = self._build(state["root"], started=resumed)
             except BaseException as error:
                 if not isinstance(error, Exception):
                     stage.note("the build goes on there: the same command takes it up again, with --cancel it is ended")
                 raise
             stage.detail = f"{SCRIPT}: exit code {code}"
-        with self._step("fetch", str(out)) as stage:
+        with self.step("fetch", str(out)) as stage:
             files = self._again(lambda: download(self.connection, _RESULTS, out, self._show))
             stage.bytes = self.connection.received
         stays = keep or code not in _FINAL
         self.ask("finish", keep=stays, parents=parents)
         return RemoteResult(
             exit_code=code,
+            host=str(self.connection.device),
             files=files,
             out=out,
             folder=state["root"] if stays else None,
@@ -238,15 +249,16 @@ class _Run:
             state["state"] = "idle"
         return state
 
-    def _build(self, *, started: bool) -> int:
+    def _build(self, root: str, *, started: bool) -> int:
         """Start the script unless that is done, and follow it to its exit code."""
         request: dict[str, Any] = {"verb": "follow"}
         while True:
             if not started:
                 self.offset = 0
                 # Asked twice because the answer was lost, it is started once.
-                request = {"verb": "start", "key": self.key, "once": uuid.uuid4().hex}
-                request |= {"script": SCRIPT, "arguments": ["--work", "../work", *self.arguments]}
+                labels = {"key": self.key, "once": uuid.uuid4().hex, "bundle": self.files[MANIFEST].sha256}
+                request = {"verb": "start", "labels": labels, "script": SCRIPT}
+                request |= {"arguments": ["--work", f"{root}/work", *self.arguments]}
             end = self._again(functools.partial(self._follow, request))
             ended = end["exit"]
             if ended is not None and "code" in ended:
@@ -258,19 +270,25 @@ class _Run:
                 continue
             how = "it vanished" if ended is None else f"signal {_signal(int(ended['signal']))}"
             self.ask("finish", keep=True, parents=0)
-            raise errors.killed(self._where(self.connection.root), how, " | ".join(self.lines))
+            raise errors.killed(self._where(root), how, " | ".join(self.lines))
 
     def _follow(self, request: dict[str, Any]) -> dict[str, Any]:
         with self.connection.request(**request, offset=self.offset) as session:
             for answer in session.answers():
                 self.signs_of_life += 1
                 if answer["kind"] == "ended":
+                    self._print("\n")
                     return answer
                 if answer["kind"] == "log":
                     self.offset = answer["offset"]
-                    self.lines.extend(line.strip() for line in answer["text"].splitlines() if line.strip())
-                    self._show(Progress(self.lines[-1] if self.lines else ""))
+                    self._print(answer["text"])
         raise LostError("the log ended")
+
+    def _print(self, text: str) -> None:
+        *whole, self.begun = (self.begun + text).split("\n")
+        self.lines.extend(line.strip() for line in whole if line.strip())
+        if self.lines:
+            self._show(Progress(self.lines[-1]))
 
     def _again(self, work: Callable[[], T]) -> T:
         """Do what can be repeated; where the connection breaks, make it again and repeat."""
@@ -302,7 +320,8 @@ class _Run:
         return f"{root} on {self.connection.device}"
 
     @contextmanager
-    def _step(self, name: str, detail: str) -> Iterator[Stage]:
+    def step(self, name: str, detail: str) -> Iterator[Stage]:
+        """Run the body as a stage that notes and progress go to."""
         with self.stages.stage(name, detail) as stage:
             self.stage = stage
             yield stage

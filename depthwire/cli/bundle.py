@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from depthwire.cli import _options
+from depthwire.cli._bundle_on import device_of, remote_options, run_there
 from depthwire.cli._ui import Ui, verb
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from depthwire.runtime.bundle import BundleInfo
+    from depthwire.stages import Stages
 
 
 @click.command("bundle")
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--workspace", metavar="SIZE", help="Most scratch memory of the engine, such as 1GiB.")
 @click.option("--optimization-level", type=int, help="Builder effort, 0 to 5.")
 @click.option("--latency-runs", type=int, help="Runs that are measured (default 200).")
+@remote_options
 @verb
 def command(
     ui: Ui,
@@ -48,29 +51,41 @@ def command(
     workspace: str | None,
     optimization_level: int | None,
     latency_runs: int | None,
+    **remote: Any,
 ) -> None:
     """Write what the device TARGET needs to build the artefact DIRECTORY's engine, prove it and measure it.
 
     On the device 'python3 build_and_verify.py' does that; at home 'depthwire verify DIRECTORY --result result.json'
-    reads back what it found.
+    reads back what it found. With --on all of that happens from here, over ssh, and the exit code is the script's.
     """
+    from depthwire._remote import place_of
     from depthwire.api import bundle
     from depthwire.recipe import make_recipe
+    from depthwire.runtime.target import load_target
 
     build = make_recipe({"workspace": workspace, "optimization_level": optimization_level}, flags=True).build
-    info = bundle(
-        directory,
-        target=target,
-        out=out,
-        jetpack=jetpack,
-        form=form,
-        flavour=flavour,
-        capacities=capacities,
-        workspace=build.workspace,
-        optimization_level=build.optimization_level,
-        latency_runs=latency_runs,
-        stages=ui.stages(),
-    )
+
+    def make(stages: Stages) -> BundleInfo:
+        return bundle(
+            directory,
+            target=target,
+            out=out,
+            jetpack=jetpack,
+            form=form,
+            flavour=flavour,
+            capacities=capacities,
+            workspace=build.workspace,
+            optimization_level=build.optimization_level,
+            latency_runs=latency_runs,
+            stages=stages,
+        )
+
+    device = device_of(remote)
+    if device is not None:
+        place = place_of(directory, load_target(target, jetpack).name, out)
+        run_there(ui, directory, device, remote, place=place, make=make)
+        return
+    info = make(ui.stages())
     ui.result(info.as_dict(), *_show(info))
 
 

@@ -31,7 +31,8 @@ def cli() -> None:
     """Compile a trained transformer into an engine that reads its depth by attention, with proof.
 
     Exit codes: 0 done, 2 usage, 3 capture, 4 rewrite, 5 export or artefact, 6 engine build, 7 parity failed,
-    70 a bug of Depthwire, 130 interrupted, 143 terminated.
+    8 device check failed, 9 built on the device but not verified, 10 device out of reach, 70 a bug of Depthwire,
+    130 interrupted, 143 terminated.
     """
 
 

@@ -58,19 +58,22 @@ def require_form(target: Target, form: str) -> None:
     if form == "function" or target.custom_ops == "plugin":
         return
     since = ".".join(map(str, PLUGINS_SINCE))
+    todo = "Use the form 'function'."
     if target.builder == "tensorrt-rtx":
-        why, todo = "TensorRT-RTX takes no plugins", "Use the form 'function'."
+        got, why = f"TensorRT-RTX {target.tensorrt}", "TensorRT-RTX takes no plugins"
     elif target.builder == "tensorrt":
-        why = f"TensorRT {target.tensorrt} takes no plugins that were compiled ahead of time"
+        got = f"TensorRT {target.tensorrt}"
+        why = f"{got} takes no plugins that were compiled ahead of time"
         newer = [name for name, variant in target.variants.items() if variant.custom_ops == "plugin"]
-        todo = "Use the form 'function'" + (f", or --jetpack {newer[-1]}." if newer else ".")
+        todo = f"Use the form 'function', or --jetpack {newer[0]}." if newer else todo
     else:
-        why, todo = "ONNX Runtime takes no TensorRT plugins", "Run model.onnx itself."
+        got, why = "ONNX Runtime", "ONNX Runtime takes no TensorRT plugins"
+        todo = "Run model.onnx itself."
     raise BuildError(
         "target.plugin-unsupported",
         why,
         at=f"target {target.name}" + (f", JetPack {target.jetpack}" if target.jetpack else ""),
         want=f"TensorRT {since} or newer",
-        got=f"{target.builder} {target.tensorrt}" if target.tensorrt else target.builder,
+        got=got,
         todo=todo,
     )

@@ -283,7 +283,7 @@ def test_a_precision_that_it_has_is_taken() -> None:
 @pytest.mark.parametrize(
     ("name", "jetpack", "words", "todo"),
     [
-        ("jetson-agx-orin", None, "TensorRT 10.3", "--jetpack 7.2"),
+        ("jetson-agx-orin", None, "TensorRT 10.3", "--jetpack 7.2."),
         ("rtx", None, "TensorRT-RTX takes no plugins", "function"),
         ("ort-cuda", None, "ONNX Runtime", "model.onnx"),
     ],

@@ -47,7 +47,7 @@ def require_backend(target: Target) -> None:
             at=f"--target {target.name}",
             want="a target whose engine is built anywhere: rtx",
             got=f"{target.title}, built by {target.builder} on the device",
-            todo=f"'depthwire bundle DIRECTORY --target {target.name}' writes what builds and verifies the engine there.",
+            todo=f"'depthwire bundle DIRECTORY --target {target.name}' writes what builds and proves the engine there.",
         )
     package = next((package for package in PACKAGES if package.distribution == target.builder), None)
     if package is None or importlib.util.find_spec(package.module) is not None:

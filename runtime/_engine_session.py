@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime._route_network import network_model
+from depthwire.runtime._turing import TURING
 from depthwire.runtime.deploy.cuda import CudaError, Driver
 from depthwire.runtime.engine import require_valid
 
@@ -205,6 +206,7 @@ def _refit(trt: Any, engine: Any, log: Any, artifact: Artifact, info: EngineInfo
         route_inputs=info.route_inputs,
         all_capacities=info.all_capacities,
         max_batch=info.max_batch,
+        turing=TURING in info.compute_capabilities,
     )
     with network as (model, _):
         # The weights are read from the mapped file when refit_cuda_engine runs: both while the graph lies beside it.

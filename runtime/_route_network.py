@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime._batch_profile import OpenBatch, open_batch
 from depthwire.runtime._route_profile import SLOTS, profiled_model
+from depthwire.runtime._turing import small_products, without_small_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +56,12 @@ def refuse_wide_selections(model: Path) -> None:
 
 @contextlib.contextmanager
 def network_model(
-    artifact: Artifact, *, route_inputs: bool, all_capacities: bool = False, max_batch: int | None = None
+    artifact: Artifact,
+    *,
+    route_inputs: bool,
+    all_capacities: bool = False,
+    max_batch: int | None = None,
+    turing: bool = False,
 ) -> Iterator[tuple[Path, Profile]]:
     """Give the graph to build: the artefact's own, or a copy of which thresholds, budgets and counts are real inputs.
 
@@ -67,6 +73,7 @@ def network_model(
         route_inputs: Whether the caller of the engine gives the tables.
         all_capacities: One network for all graphs of the artefact; its caller gives the slots, and the tables too.
         max_batch: Leave the batch open, from 1 to this; ``None`` for the batch of the graph.
+        turing: Write small float32 products as sums.
 
     Returns:
         The file, and least, usual and greatest shape of the inputs that have no static one.
@@ -75,15 +82,16 @@ def network_model(
         UsageError: ``build.no-route-inputs``: the graph has no such inputs; ``build.one-capacity``;
             ``build.batch-not-followed``.
     """
+    small = frozenset(small_products(artifact.model)) if turing else None
     if all_capacities:
         opened: list[OpenBatch] = []
         model, slots = profiled_model(artifact, _load if max_batch is None else _opener(opened))
         # The widest graph, which the result is made of, is read last.
         profile = opened[-1].profile(max_batch) if max_batch is not None else {}
-        with _copy(artifact, model) as path:
+        with _copy(artifact, model, small) as path:
             yield path, {**profile, SLOTS: ((slots[0],), (slots[len(slots) // 2],), (slots[-1],))}
         return
-    if not route_inputs and max_batch is None:
+    if not route_inputs and max_batch is None and not turing:
         yield artifact.model, {}
         return
     proto = _load(artifact.model)
@@ -99,12 +107,13 @@ def network_model(
         )
     if max_batch is not None:
         batched = open_batch(artifact.model, tables_are_inputs=route_inputs)
-        with _copy(artifact, batched.model) as path:
+        with _copy(artifact, batched.model, small) as path:
             yield path, batched.profile(max_batch)
         return
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    with _copy(artifact, proto) as path:
+    if route_inputs:
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
+    with _copy(artifact, proto, small) as path:
         yield path, {}
 
 
@@ -127,7 +136,9 @@ def _opener(opened: list[OpenBatch]) -> Callable[[Path], ModelProto]:
 
 
 @contextlib.contextmanager
-def _copy(artifact: Artifact, model: ModelProto) -> Iterator[Path]:
+def _copy(artifact: Artifact, model: ModelProto, small: frozenset[str] | None) -> Iterator[Path]:
+    if small is not None:
+        model = without_small_products(model, small)
     copy = artifact.model.with_name(f".{artifact.model.name}.{os.getpid()}")
     try:
         copy.write_bytes(model.SerializeToString())

@@ -20,6 +20,7 @@ from depthwire.runtime._build_process import BuildRequest, BuildResult, Progress
 from depthwire.runtime._onnx_graph import GraphFacts, named_dtypes, read_graph
 from depthwire.runtime._route_network import network_model, refuse_wide_selections
 from depthwire.runtime._route_profile import SLOTS
+from depthwire.runtime._turing import TURING, small_products
 from depthwire.runtime.memory import require_memory
 
 if TYPE_CHECKING:
@@ -98,7 +99,13 @@ def build(
             require_memory(predicted, weight_bytes=facts.weight_bytes, at=str(artifact.model))
 
     engine_name, log_name = (f"engine/{target.name}/{file}" for file in (ENGINE, LOG))
-    network = network_model(artifact, route_inputs=route_inputs, all_capacities=all_capacities, max_batch=max_batch)
+    network = network_model(
+        artifact,
+        route_inputs=route_inputs,
+        all_capacities=all_capacities,
+        max_batch=max_batch,
+        turing=TURING in capabilities,
+    )
     with (
         network as (model, profile),
         _workplace(artifact.path(engine_name).parent) as (engine, log),
@@ -198,8 +205,11 @@ def _refuse_unbuildable(model: Path, facts: GraphFacts, capabilities: Sequence[s
             got=f"{len(facts.without_body)} node(s) without one",
             todo="Convert the model again with --target rtx, which writes the bodies into the file.",
         )
-    if "SM75" in capabilities and facts.float32_products:
-        raise turing_float32(str(model), f"float32 products at {_some(facts.float32_products)}")
+    if TURING in capabilities:
+        small = set(small_products(model).values())
+        large = [name for name in facts.float32_products if name not in small]
+        if large:
+            raise turing_float32(str(model), f"float32 products at {_some(large)}")
 
 
 def _some(names: Sequence[str]) -> str:

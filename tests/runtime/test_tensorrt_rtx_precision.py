@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -17,17 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 from depthwire.artifact import MODEL, Artifact
 from depthwire.errors import BuildError
 from depthwire.export.to_onnx import to_onnx
-from depthwire.passes.standard import standard_pipeline
-from depthwire.program import Program, Source
-from depthwire.route import RouteSpec
-from depthwire.route_parts import draw_parts
 from depthwire.runtime import _build_process as process
 from depthwire.runtime._build_errors import refused
 from depthwire.runtime._onnx_graph import named_dtypes
 from depthwire.runtime.target import load_target
 from depthwire.runtime.tensorrt_rtx import FAILED_LOG, build
-from tests.export.tiny import VOCABULARY, WIDTH, TinyDecoder, lifted
 from tests.runtime import engine_models as models
+from tests.runtime.precision_models import program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,25 +34,6 @@ pytestmark = pytest.mark.skipif(
 
 RTX = load_target("rtx")
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def captured(dtype: torch.dtype) -> Program:
-    ids = torch.randint(0, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
-    model = TinyDecoder(4).to(dtype).eval()
-    with torch.no_grad():
-        exported = torch.export.export(model, (ids,)).run_decompositions({})
-    return Program(exported, Source("module", "TinyDecoder"), {"input_ids": ids}, ("logits",))
-
-
-def program(kind: str, dtype: torch.dtype) -> Program:
-    if kind in {"plain", "block"}:
-        return lifted(captured(dtype), None if kind == "plain" else "block:3")
-    rule: Any = kind
-    spec = RouteSpec((1, 3), (Fraction(1, 2),), rule=rule)
-    parts = draw_parts(spec, WIDTH, seed=0)
-    pipeline = standard_pipeline(attn_res=None, attention="decomposed", route=parts, schedule="auto")
-    return pipeline.run(captured(dtype))
 
 
 def artifact(folder: Path, kind: str, dtype: torch.dtype) -> Artifact:
@@ -80,19 +56,6 @@ def test_an_engine_has_the_dtypes_of_its_graph(kind: str, dtype: torch.dtype, tm
     assert share > 0.85  # the rest: masks, indices, and what routing computes in float32
     assert info.dtypes[NAMES[dtype]] > 0
     assert Artifact.load(made.root).manifest.engines["rtx"].weights == info.weights
-
-
-def test_turing_takes_float16_alone(tmp_path: Path) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        folder = tmp_path / NAMES[dtype]
-        folder.mkdir()
-        made = artifact(folder, "plain", dtype)
-        if dtype is torch.float16:
-            assert build(made, RTX, compute_capabilities=["SM75"]).compute_capabilities == ["SM75"]
-        else:
-            with pytest.raises(BuildError) as caught:
-                build(made, RTX, compute_capabilities=["SM75"])
-            assert caught.value.code == "build.turing-float32", str(caught.value)
 
 
 def helper_kinds(dtype: torch.dtype) -> set[int]:

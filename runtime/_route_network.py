@@ -6,6 +6,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+import psutil
+
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime._batch_profile import OpenBatch, open_batch
 from depthwire.runtime._route_profile import SLOTS, profiled_model
@@ -135,10 +137,20 @@ def _opener(opened: list[OpenBatch]) -> Callable[[Path], ModelProto]:
     return read
 
 
+def remove_abandoned(folder: Path, *names: str) -> None:
+    """Remove temporary files ``.<name>.<process>`` whose process is gone: it was killed before it could tidy up."""
+    for name in names:
+        for path in folder.glob(f".{name}.*"):
+            pid = path.suffix[1:]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _copy(artifact: Artifact, model: ModelProto, small: frozenset[str] | None) -> Iterator[Path]:
     if small is not None:
         model = without_small_products(model, small)
+    remove_abandoned(artifact.model.parent, artifact.model.name)
     copy = artifact.model.with_name(f".{artifact.model.name}.{os.getpid()}")
     try:
         copy.write_bytes(model.SerializeToString())

@@ -11,14 +11,12 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-import psutil
-
 from depthwire.artifact import REPORT, Artifact, EngineInfo
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime._build_errors import turing_float32
 from depthwire.runtime._build_process import BuildRequest, BuildResult, Progress, spawn
 from depthwire.runtime._onnx_graph import GraphFacts, named_dtypes, read_graph
-from depthwire.runtime._route_network import network_model, refuse_wide_selections
+from depthwire.runtime._route_network import network_model, refuse_wide_selections, remove_abandoned
 from depthwire.runtime._route_profile import SLOTS
 from depthwire.runtime._turing import TURING, small_products
 from depthwire.runtime.memory import require_memory
@@ -222,7 +220,7 @@ def _workplace(folder: Path) -> Iterator[tuple[Path, Path]]:
     """Give temporary names for engine and log beside their places, and leave nothing half-done behind."""
     created = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
+    remove_abandoned(folder, ENGINE, LOG)
     engine, log = (folder / f".{name}.{os.getpid()}" for name in (ENGINE, LOG))
     try:
         yield engine, log
@@ -236,15 +234,6 @@ def _workplace(folder: Path) -> Iterator[tuple[Path, Path]]:
         for path in created:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-
-def _remove_abandoned(folder: Path) -> None:
-    # Left by a build whose own process was killed.
-    for name in (ENGINE, LOG):
-        for path in folder.glob(f".{name}.*"):
-            pid = path.suffix[1:]
-            if pid.isdigit() and not psutil.pid_exists(int(pid)):
-                path.unlink(missing_ok=True)
 
 
 def _withdraw(artifact: Artifact, target: Target, *names: str) -> None:

@@ -300,7 +300,9 @@ import sys
 from depthwire.artifact import Artifact
 from depthwire.runtime.target import load_target
 from depthwire.runtime.tensorrt_rtx import build
-build(Artifact.load(sys.argv[1]), load_target("rtx"), progress=lambda step: print(step.phase, flush=True))
+show = lambda step: print(step.phase, flush=True)
+# With the options for which the graph is copied beside the weights.
+build(Artifact.load(sys.argv[1]), load_target("rtx"), progress=show, max_batch=2, workspace_bytes=1 << 28)
 """
 
 
@@ -328,9 +330,11 @@ def test_no_builder_outlives_its_parent(tmp_path: Path, number: signal.Signals) 
     else:
         # Nobody could tidy up: the next build does.
         assert any((tmp_path / FOLDER).iterdir())
+        assert list(tmp_path.glob(f".{MODEL}.*"))
         with pytest.raises(StopError):
-            build(artifact, RTX, progress=stop_in_phase)
+            build(artifact, RTX, progress=stop_in_phase, max_batch=2)
         assert list((tmp_path / FOLDER).iterdir()) == []
+    assert list(tmp_path.glob(f".{MODEL}.*")) == []
 
 
 def test_prediction_covers_a_real_build_without_exaggerating(tmp_path: Path) -> None:

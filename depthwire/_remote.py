@@ -1,17 +1,16 @@
-"""``bundle --on``: a bundle made, run on a device, and its result read back."""
+"""``bundle --on``: a bundle that is run on a device, and its result read back."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from depthwire.errors import BuildError, DeviceError, RemoteError
-from depthwire.runtime.deploy.manifest import BUNDLE, RESULT, sha256_file
+from depthwire.runtime.deploy.manifest import RESULT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from depthwire.runtime.bundle import BundleInfo
@@ -79,15 +78,9 @@ class DeviceRun:
         )
 
 
-def place_of(directory: Path, target: str, out: Path | None) -> Path:
-    """Return the bundle's directory, as ``depthwire bundle`` chooses it."""
-    return out if out is not None else directory.with_name(f"{directory.resolve().name}-{target}")
-
-
 def run_on_device(
     directory: Path,
-    make: Callable[[], BundleInfo],
-    place: Path,
+    info: BundleInfo,
     device: Device,
     stages: Stages,
     *,
@@ -95,12 +88,11 @@ def run_on_device(
     arguments: Sequence[str] = (),
     keep: bool = False,
 ) -> DeviceRun:
-    """Make a bundle, run it on a device, and enter the result into the artefact.
+    """Run a bundle on a device, and enter the result into the artefact.
 
     Args:
         directory: The artefact.
-        make: Makes the bundle.
-        place: Where it makes it.
+        info: A bundle of it.
         device: Where to run it.
         stages: Told of the progress.
         folder: Folder on the device; one named after the bundle's content by default.
@@ -108,12 +100,12 @@ def run_on_device(
         keep: Leave the folder on the device.
 
     Raises:
-        DepthwireError: What ``make`` and ``runtime.remote.drive`` raise, and what reading the result back does.
+        RemoteError: What ``runtime.remote.drive`` raises, or ``remote.engine``.
+        ExportError: The result is not one of this artefact.
     """
     from depthwire.api import verify_result
     from depthwire.runtime.remote import drive
 
-    info = _same_as_before(make, place)
     out = directory / "engine" / info.bundle.target / DEVICE
     remote = drive(info.root, device, out, folder=folder, arguments=arguments, keep=keep, stages=stages)
     judged = None
@@ -121,26 +113,6 @@ def run_on_device(
         judged = verify_result(directory, out / RESULT, stages=stages)
         _check_engines(judged, remote)
     return DeviceRun(info, remote, judged)
-
-
-def _same_as_before(make: Callable[[], BundleInfo], place: Path) -> BundleInfo:
-    """Make the bundle; one that differs from that before in nothing but the artefact's later history stays that one.
-
-    Reading a result back changes the artefact's manifest, whose hash is in the bundle's. A run that was interrupted
-    is found again by the bundle's hash.
-    """
-    path = place / BUNDLE
-    before = path.read_bytes() if path.is_file() else b"{}"
-    info = make()
-    try:
-        old = json.loads(before)
-        old["artifact"]["manifest_sha256"] = info.bundle.artifact.manifest_sha256
-    except (ValueError, KeyError, TypeError):
-        return info
-    if old != json.loads(path.read_bytes()):
-        return info
-    path.write_bytes(before)
-    return dataclasses.replace(info, sha256=sha256_file(path))
 
 
 def _check_engines(judged: Judged, remote: RemoteResult) -> None:

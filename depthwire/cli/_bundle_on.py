@@ -93,8 +93,7 @@ def run_there(
         return
     run = run_on_device(
         directory,
-        lambda: make(stages),
-        place,
+        make(stages),
         device,
         stages,
         folder=given["remote_dir"],

@@ -58,7 +58,7 @@ def command(
     On the device 'python3 build_and_verify.py' does that; at home 'depthwire verify DIRECTORY --result result.json'
     reads back what it found. With --on all of that happens from here, over ssh, and the exit code is the script's.
     """
-    from depthwire._remote import place_of
+    from depthwire._bundle import place_of
     from depthwire.api import bundle
     from depthwire.recipe import make_recipe
     from depthwire.runtime.target import load_target

@@ -107,6 +107,7 @@ def test_an_interrupted_run_is_taken_up_by_the_same_command(
     assert status == (0 if has_gpu() else 9)
     assert (found["device"]["resumed"], found["device"]["sent"]) == (True, 0)
     assert found["bundle"]["sha256"] == found["result"]["bundle_sha256"] == started["bundle"]
+    assert len(list((artifact / "bundles").iterdir())) == 1
 
 
 def test_a_device_that_fails_a_check_keeps_the_bundle(

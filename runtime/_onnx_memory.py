@@ -34,10 +34,10 @@ class Weights:
     """The weights of a graph, by what another precision would make of them.
 
     Attributes:
-        linear: Elements of the weights of linear layers, which int8 and int4-weights quantise.
+        linear: Elements of the weights of linear layers, two-dimensional, which int8 and int4-weights quantise.
         channels: Their output channels: one scale each in int8.
         embedding: Elements of embeddings, and of an output head; they are never quantised.
-        rest: Elements of all other floating-point weights: norms, queries, routers, tables.
+        rest: Elements of all other floating-point weights: norms, queries, stacked experts, convolutions, tables.
         fixed: Bytes of what is no floating-point number.
         stored: Bytes of everything as it is in the file, scales too.
         linear_stored: Of these, the bytes of the weights of linear layers.
@@ -142,7 +142,8 @@ def _weights(graph: Graph, stored: int) -> tuple[Weights, int]:
     for tensor in graph.model.graph.initializer:
         name, elements, size = tensor.name, math.prod(tensor.dims), tensor_bytes(tensor)
         floating = _is_float(tensor.data_type)
-        if name in channels and name not in tables and len(tensor.dims) > 1:
+        # Experts that are stacked, and convolutions, are never quantised.
+        if name in channels and name not in tables and len(tensor.dims) == 2:
             count["linear"] += elements
             count["channels"] += channels[name]
             linear_stored += size

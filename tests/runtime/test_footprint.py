@@ -57,6 +57,17 @@ def test_weights_by_what_they_are_for(tmp_path: Path) -> None:
     assert facts.interface == 16 * 8 + 16 * 100 * 4
 
 
+def test_stacked_experts_are_no_linear_layer(tmp_path: Path) -> None:
+    experts = numpy_helper.from_array(np.ones((3, 8, 4), np.float32), "experts")
+    nodes = [
+        helper.make_node("MatMul", ["x", "experts"], ["m"], name="product"),
+        helper.make_node("Relu", ["m"], ["y"], name="relu"),
+    ]
+    x, y = value("x", 1, 8), value("y", 3, 1, 4)
+    weights = read_model(save(tmp_path / "model.onnx", nodes, inputs=[x], outputs=[y], weights=[experts])).weights
+    assert (weights.linear, weights.rest, weights.stored) == (0, 3 * 8 * 4, 4 * 3 * 8 * 4)
+
+
 def test_what_another_precision_would_make_of_them(tmp_path: Path) -> None:
     facts = facts_of(tmp_path)
     rest = 2 * (EMBEDDING + REST) + FIXED

@@ -31,6 +31,8 @@ def follow(call: Call) -> Marks:
     Raises:
         NotFollowedError: The operator mixes rows of the batch, or has no rule.
     """
+    if any(attribute.HasField("g") or attribute.graphs for attribute in call.node.attribute):
+        raise call.refuse("it holds a graph of its own, which may see any value")
     if all(mark is None for mark in call.marks):
         return (None,) * len(call.out)
     kind = call.node.op_type

@@ -128,6 +128,7 @@ class _Opener:
         tables = {each.name for each in graph.input if each.name in self.weights}
         if self.tables_are_inputs:
             kept = [tensor for tensor in graph.initializer if tensor.name not in tables]
+            self.weights = {tensor.name: tensor for tensor in kept}  # their defaults are no constants any more
             del graph.initializer[:]
             graph.initializer.extend(kept)
             if STATES in tables:

@@ -180,6 +180,19 @@ def ints(*values: int) -> NDArray[np.int64]:
 
 Nodes = list["onnx.NodeProto"]
 ONE = helper.make_node
+
+
+def branching() -> onnx.NodeProto:
+    """An If whose branches see x without naming it as an operand."""
+    inner = [
+        helper.make_graph(
+            [ONE(kind, ["x"], [kind])], kind, [], [helper.make_tensor_value_info(kind, TensorProto.FLOAT, [1, 4, 6])]
+        )
+        for kind in ("Relu", "Neg")
+    ]
+    return ONE("If", ["c"], ["y"], then_branch=inner[0], else_branch=inner[1])
+
+
 # What mixes rows of the batch, or cannot be told: nodes, shape of the result, constants, batch, what the refusal says.
 REFUSED: dict[str, tuple[Nodes, list[int], Feed, int, str]] = {
     "mean": ([ONE("ReduceMean", ["x", "a"], ["y"], keepdims=1)], [1, 4, 6], {"a": ints(0)}, 1, "reduces over"),
@@ -223,6 +236,7 @@ REFUSED: dict[str, tuple[Nodes, list[int], Feed, int, str]] = {
         1,
         "different places",
     ),
+    "inside": ([branching()], [1, 4, 6], {"c": np.array(True)}, 1, "a graph of its own"),
     "unknown": ([ONE("Shape", ["x"], ["s"]), ONE("Cast", ["s"], ["y"], to=1)], [3], {}, 1, "nothing is known"),
 }
 

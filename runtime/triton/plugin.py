@@ -8,6 +8,7 @@ form is a file of its own, with the same graph, bodies and weights.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -20,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from depthwire.errors import BuildError, UsageError
 from depthwire.runtime._target_checks import PLUGINS_SINCE
 from depthwire.runtime.triton.compile import capability_of, require_triton
-from depthwire.runtime.triton.plugin_operators import NAMESPACE, Operator, plugin_operators, variants_of
+from depthwire.runtime.triton.plugin_operators import NAMESPACE, Operator, plugin_operators, tactics_of, variants_of
 from depthwire.runtime.triton.plugin_ptx import PluginCode, plugin_code
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from onnx import ModelProto
+
+    from depthwire.runtime.triton.compile import Spec
 
 INDEX: Final = "plugins.json"
 MODULE: Final = "depthwire_plugins.py"
@@ -34,12 +35,12 @@ MODULE: Final = "depthwire_plugins.py"
 
 @dataclass(frozen=True)
 class PluginEntry:
-    """One variant of a plugin with one of its launches.
+    """One variant of a plugin with one of its launches (TensorRT: tactics).
 
     Attributes:
         op_type: Name of the operator and of the plugin.
         variant: Its number, which nodes have as an attribute.
-        tactic: Number of the launch, from 1.
+        tactic: Number of the launch, from 1; TensorRT times them and takes the fastest.
         key: Of the kernel.
         parameters: Names of all that TensorRT passes, in its order.
         file: Name of the kernel's file in the folder.
@@ -117,7 +118,10 @@ def write_plugins(model: Path, capability: str, folder: Path, *, tensorrt: str) 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         fresh = Path(temporary) / "plugins"
         fresh.mkdir()
-        codes = _write_kernels(fresh, capability, (each for found in variants.values() for each in found))
+        plans = {name: [_tactics(each, capability) for each in found] for name, found in variants.items()}
+        codes = {code.spec.key: code for found in plans.values() for plan in found for _, code in plan}
+        for code in codes.values():
+            (fresh / _file(code)).write_bytes(code.code)
         index = {
             "schema_version": 1,
             "namespace": NAMESPACE,
@@ -125,7 +129,10 @@ def write_plugins(model: Path, capability: str, folder: Path, *, tensorrt: str) 
             "tensorrt_minimum": ".".join(map(str, PLUGINS_SINCE)),
             "compute_capability": capability,
             "nodes": len(operators),
-            "operators": {name: operator_json(found) for name, found in variants.items()},
+            "operators": {
+                name: operator_json([[operator for operator, _ in plan] for plan in found])
+                for name, found in plans.items()
+            },
             "kernels": {key: _kernel_json(code) for key, code in codes.items()},
         }
         (fresh / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -134,10 +141,10 @@ def write_plugins(model: Path, capability: str, folder: Path, *, tensorrt: str) 
             shutil.rmtree(folder)
         fresh.rename(folder)
     return [
-        _entry(place, tactic, operator, codes[operator.spec.key])
-        for found in variants.values()
-        for place, operator in enumerate(found)
-        for tactic in (1,)
+        _entry(place, tactic, operator, code)
+        for found in plans.values()
+        for place, plan in enumerate(found)
+        for tactic, (operator, code) in enumerate(plan, start=1)
     ]
 
 
@@ -203,30 +210,47 @@ def require_version(tensorrt: str) -> None:
         )
 
 
-def _write_kernels(folder: Path, capability: str, operators: Iterable[Operator]) -> dict[str, PluginCode]:
-    codes: dict[str, PluginCode] = {}
-    for operator in operators:
-        key = operator.spec.key
-        if key not in codes:
-            codes[key] = plugin_code(operator.spec, capability, operator.parameters)
-            (folder / _file(codes[key])).write_bytes(codes[key].code)
-    return codes
+@functools.lru_cache(maxsize=1024)
+def _code(spec: Spec, capability: str, parameters: tuple[str, ...]) -> PluginCode:
+    return plugin_code(spec, capability, parameters)
+
+
+def _code_or_none(spec: Spec, capability: str, parameters: tuple[str, ...]) -> PluginCode | None:
+    try:
+        return _code(spec, capability, parameters)
+    except BuildError as error:
+        if error.code == "plugin.resources":
+            return None
+        raise
+
+
+def _tactics(operator: Operator, capability: str) -> list[tuple[Operator, PluginCode]]:
+    """Compile the ways to launch an operator; those that do not fit the GPU are left out, but not the first."""
+    first, *others = tactics_of(operator)
+    fitting = ((other, _code_or_none(other.spec, capability, other.parameters)) for other in others)
+    return [
+        (first, _code(first.spec, capability, first.parameters)),
+        *((other, code) for other, code in fitting if code is not None),
+    ]
 
 
 def _file(code: PluginCode) -> str:
     return f"{code.spec.key}-{code.capability.lower()}.{code.form}"
 
 
-def operator_json(variants: list[Operator]) -> dict[str, Any]:
-    """Return what ``plugins.json`` says of one operator."""
-    first = variants[0]
+def operator_json(variants: list[list[Operator]]) -> dict[str, Any]:
+    """Return what ``plugins.json`` says of one operator, each of whose variants has one or more launches."""
+    first = variants[0][0]
     return {
         "inputs": list(first.inputs),
         "arguments": {name: extent.as_json() for name, extent in first.arguments.items()},
         "outputs": {name: [extent.as_json() for extent in shape] for name, shape in first.outputs.items()},
         "variants": [
-            {"dtypes": operator.dtypes, "tactics": [{"kernel": operator.spec.key, "grid": _grid_json(operator)}]}
-            for operator in variants
+            {
+                "dtypes": tactics[0].dtypes,
+                "tactics": [{"kernel": each.spec.key, "grid": _grid_json(each)} for each in tactics],
+            }
+            for tactics in variants
         ],
     }
 

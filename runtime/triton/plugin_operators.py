@@ -13,6 +13,7 @@ from depthwire.errors import BuildError
 from depthwire.runtime.triton.bundle import operators_of, read_kernel, untyped
 from depthwire.runtime.triton.plugin_ptx import argument_name
 from depthwire.runtime.triton.routing_bundle import is_routing, plugin_kernel
+from depthwire.runtime.triton.spec import KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from depthwire.runtime.triton.compile import Spec
     from depthwire.runtime.triton.routing_spec import RoutingSpec
-    from depthwire.runtime.triton.spec import KernelSpec
 
 NAMESPACE: Final = "depthwire"
 """Of the plugins: the domain of the operators."""
@@ -143,6 +143,13 @@ def depth_operator(spec: KernelSpec) -> Operator:
         dtypes={name: _TRT[spec.dtype_of(name)] for name in (*spec.inputs, *spec.outputs)},
         grid=(Extent(like, lead, -1), spec.launch.programs),
     )
+
+
+def tactics_of(operator: Operator) -> list[Operator]:
+    """Return an operator and the other ways to launch it, among which TensorRT chooses by timing them."""
+    if isinstance(operator.spec, KernelSpec):
+        return [depth_operator(spec) for spec in operator.spec.alternatives]
+    return [operator]
 
 
 def _routing(node: NodeProto, spec: RoutingSpec, types: Mapping[str, tuple[int, tuple[int, ...]]]) -> Operator:

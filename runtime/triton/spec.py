@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Literal
 
 from depthwire.errors import UsageError
@@ -70,6 +70,7 @@ class KernelSpec:
         norm_eps: Added to the mean square of the norm behind the read.
         index: Row of the inter-block result that a merge reads.
         queries: S, the queries of an Inter.
+        warp_factor: On the warps of a thread block: 1, or 2 or 0.5 for other ways to divide the same work.
         scalars: Numbers among the parameters: none.
 
     Raises:
@@ -86,6 +87,7 @@ class KernelSpec:
     norm_eps: float = 0.0
     index: int = 0
     queries: int = 1
+    warp_factor: float = 1
     scalars: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -103,6 +105,8 @@ class KernelSpec:
             raise self._refused("index", "0 or more")
         if self.queries < 1:
             raise self._refused("queries", "1 or more")
+        if self.warp_factor not in (0.5, 1, 2):
+            raise self._refused("warp_factor", "0.5, 1 or 2")
 
     def _refused(self, field: str, want: str) -> UsageError:
         return UsageError(
@@ -175,13 +179,26 @@ class KernelSpec:
         block = max(32, _power(self.width))
         each = 8 if block <= 2048 else 16  # elements of a row that a thread holds, a few vectors of 16 bytes
         warps = min(16, max(1, block // (32 * each)))
+        if self.kind == "inter" and block <= 8192:
+            warps = min(8, warps)
+        warps = min(16, max(1, int(warps * self.warp_factor)))
         if self.kind == "inter":
-            return self._inter(block, warps if block > 8192 else min(8, warps))
+            return self._inter(block, warps)
         each = block // (32 * warps)
         # With 16 warps a thread has at most 128 registers, and half as many elements leave room for the rest.
         rest = max(1, self.count - 1)
         tile = min(8, max(1, (32 if warps > 8 else 64) // each), _power(rest))
         return Launch(block, warps, tile, _power(-(-rest // tile)), 1, 1)
+
+    @property
+    def alternatives(self) -> tuple[KernelSpec, ...]:
+        """The same kernel with the work divided in other ways, this one first; a GPU's own timing may choose.
+
+        A thread has 4 to 32 elements of a row: fewer are no vector, and more leave no registers for the rest.
+        """
+        others = [replace(self, warp_factor=factor) for factor in (2, 0.5)]
+        held = [(other, other.launch.block // (32 * other.launch.warps)) for other in others]
+        return (self, *(other for other, each in held if 4 <= each <= 32 and other.launch != self.launch))
 
     def _inter(self, block: int, warps: int) -> Launch:
         """Return Inter's launch: a query costs a thread its own elements and those of its accumulator."""
@@ -204,7 +221,8 @@ class KernelSpec:
         floats = (self.eps, self.scale, last_bias, norm_eps)
         bits = "-".join(f"{struct.unpack('<I', struct.pack('<f', value))[0]:08x}" for value in floats)
         short = f"{TRITON_DTYPE[self.dtype]}-{TRITON_DTYPE[self.query_dtype]}"
-        return f"{self.op_type}-d{self.width}-{short}-{bits}-i{index}-s{queries}"
+        divided = "" if self.warp_factor == 1 else f"-w{self.launch.warps}"
+        return f"{self.op_type}-d{self.width}-{short}-{bits}-i{index}-s{queries}{divided}"
 
 
 def _power(count: int) -> int:

@@ -60,7 +60,7 @@ def index_of(operator: Operator) -> dict[str, Any]:
         "threads": 32 * spec.launch.warps,
         "spec": {"class": type(spec).__name__, **dataclasses.asdict(spec)},
     }
-    return {"operators": {operator.op_type: operator_json([operator])}, "kernels": {spec.key: kernel}}
+    return {"operators": {operator.op_type: operator_json([[operator]])}, "kernels": {spec.key: kernel}}
 
 
 def launched(operator: Operator, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -82,14 +82,20 @@ def reads() -> Iterator[tuple[str, dict[str, Any]]]:
     """Reads of every form, and both phases."""
     for case in READS:
         tensors = operands(case)
-        yield str(case), judge(case, tensors, launched(depth_operator(read_spec(case)), read_inputs(case, tensors)))
+        for spec in read_spec(case).alternatives:
+            name = str(case) if spec.warp_factor == 1 else f"{case} in {spec.launch.warps} warps"
+            yield name, judge(case, tensors, launched(depth_operator(spec), read_inputs(case, tensors)))
     for group in TWO_PHASES:
         queries, tensors = two_phase_operands(group)
         attributes: dict[str, Any] = {"eps": group.eps, "scale": group.scale}
-        first = KernelSpec(
-            f"AttnResInter_{group.bank}", group.width, dtype(group.dtype), queries=group.queries, **attributes
-        )
-        out, lse = launched(depth_operator(first), [queries, *tensors.sources[: group.bank]])
+        attributes["queries"] = group.queries
+        whole = KernelSpec(f"AttnResInter_{group.bank}", group.width, dtype(group.dtype), **attributes)
+        for first in whole.alternatives[::-1]:
+            out, lse = launched(depth_operator(first), [queries, *tensors.sources[: group.bank]])
+            exact = exact_outputs(depth_operator(first), [queries, *tensors.sources[: group.bank]], {})
+            name = f"{group} in {first.launch.warps} warps"
+            yield f"inter {name}", judged(depth_operator(first), [out, lse], exact)
+        del attributes["queries"]
         attributes |= {"norm_eps": group.eps, "index": group.index}
         second = KernelSpec(group.op_type, group.width, dtype(group.dtype), **attributes)
         gain, delta = [tensors.norm_weight] * group.norm, [tensors.delta] * group.add
@@ -203,14 +209,19 @@ def model_nodes(model: Path, folder: Path, goldens: Path, every: int = 1) -> Ite
         exact = exact_outputs(operator, inputs, attributes)
         counts[operator.op_type] += 1
         variant = [each.identity for each in variants[operator.op_type]].index(operator.identity)
-        launch = launch_of(index, operator.op_type, variant, [tuple(tensor.shape) for tensor in inputs])
+        shapes = [tuple(tensor.shape) for tensor in inputs]
+        launch = launch_of(index, operator.op_type, variant, shapes)
         if (counts[operator.op_type] - 1) % every:
             outputs = tuple(value.to(kind) for value, (_, kind) in zip(exact, launch.outputs, strict=True))
         else:
-            outputs = run(launch, inputs)
-            assert [tuple(tensor.shape) for tensor in outputs] == [tuple(tensor.shape) for tensor in exact]
-            result = {"op_type": operator.op_type, "grid": launch.grid, **judged(operator, outputs, exact)}
-            results.append((f"{operator.op_type} {item.output[0]}", result))
+            # The last first: the graph goes on with what the first computes.
+            tactics = index["operators"][operator.op_type]["variants"][variant]["tactics"]
+            for tactic in range(len(tactics), 0, -1):
+                launch = launch_of(index, operator.op_type, variant, shapes, tactic)
+                outputs = run(launch, inputs)
+                assert [tuple(tensor.shape) for tensor in outputs] == [tuple(tensor.shape) for tensor in exact]
+                result = {"op_type": operator.op_type, "grid": launch.grid, **judged(operator, outputs, exact)}
+                results.append((f"{operator.op_type} {item.output[0]} {tactic}", result))
         return tuple(to_numpy(tensor) for tensor in outputs)
 
     class Launched(OpRun):

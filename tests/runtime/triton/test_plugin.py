@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from depthwire.errors import BuildError, UsageError
-from depthwire.runtime.triton import plugin_ptx
+from depthwire.runtime.triton import plugin, plugin_ptx
 from depthwire.runtime.triton.compile import compile_kernel
 from depthwire.runtime.triton.plugin import (
     INDEX,
@@ -264,3 +264,34 @@ def test_what_spills_or_asks_for_too_much_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plugin_ptx, "compile_kernel", lambda *_, **__: large)
     with pytest.raises(BuildError, match=r"plugin\.resources"):
         plugin_code(READ, "SM87", depth_operator(READ).parameters)
+
+
+def test_a_read_has_launches_to_choose_from_but_those_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded = onnx.load(str(every_operator(tmp_path / "model.onnx", width=1024)))
+    del loaded.graph.node[1:]
+    onnx.save(loaded, str(tmp_path / "model.onnx"))
+    entries = write_plugins(tmp_path / "model.onnx", "SM87", tmp_path / "plugins", tensorrt="10.13")
+    assert [(entry.tactic, entry.threads) for entry in entries] == [(1, 128), (2, 256), (3, 64)]
+    assert len({entry.file for entry in entries}) == 3
+    index = json.loads((tmp_path / "plugins" / INDEX).read_text())
+    (variant,) = index["operators"]["AttnResRead_2"]["variants"]
+    assert [tactic["kernel"] for tactic in variant["tactics"]] == [entry.key for entry in entries]
+
+    def without(threads: int) -> None:
+        def code(spec: KernelSpec, *_: object) -> PluginCode:
+            if 32 * spec.launch.warps == threads:
+                raise BuildError("plugin.resources", "it spills")
+            return plugin_code(spec, "SM87", depth_operator(spec).parameters)
+
+        monkeypatch.setattr(plugin, "plugin_code", code)
+        plugin._code.cache_clear()
+
+    without(256)
+    entries = write_plugins(tmp_path / "model.onnx", "SM87", tmp_path / "plugins", tensorrt="10.13")
+    assert [(entry.tactic, entry.threads) for entry in entries] == [(1, 128), (2, 64)]
+    without(128)
+    with pytest.raises(BuildError, match="it spills"):
+        write_plugins(tmp_path / "model.onnx", "SM87", tmp_path / "plugins", tensorrt="10.13")
+    plugin._code.cache_clear()

@@ -38,7 +38,7 @@ SHAPES = {"b": (2, 1, 3), "t": (40, 33, 64), "k": (12, 33, 1)}  # batch, tokens 
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with plugins of every operator, and the file they were made of."""
     folder = tmp_path_factory.mktemp("plugins")
-    every_operator(folder / "model.onnx")
+    every_operator(folder / "model.onnx", width=256)  # from where on there is more than one way to launch a read
     write_plugins(folder / "model.onnx", "SM87", folder / "plugins", tensorrt="10.13")
     return folder / "plugins"
 
@@ -90,12 +90,14 @@ def test_tensorrt_makes_the_launches_that_are_interpreted(version: str, plugins:
     for request, answer in zip(asked, answers, strict=True):
         assert answer["combination"] == answer["types"]
         assert answer["layouts"] == ["LINEAR"]
-        assert len(answer["launches"]) == 3
-        for shapes, wanted, found in zip(request["shapes"], request["wanted"], answer["launches"], strict=True):
-            launch = launch_of(index, request["op_type"], request["variant"], shapes)
+        ways = 2 if request["op_type"].startswith("AttnRes") else 1
+        assert sorted(found["tactic"] for found in answer["launches"]) == sorted([*range(1, ways + 1)] * 3)
+        given = list(zip(request["shapes"], request["wanted"], strict=True)) * ways
+        for (shapes, wanted), found in zip(given, answer["launches"], strict=True):
+            launch = launch_of(index, request["op_type"], request["variant"], shapes, found["tactic"])
             assert [found[f"grid_{axis}"] for axis in "xyz"] == [launch.grid, 1, 1]
             assert [found[f"block_{axis}"] for axis in "xyz"] == [launch.kernel["threads"], 1, 1]
-            assert (found["tactic"], found["shared_mem"]) == (1, launch.kernel["shared"])
+            assert found["shared_mem"] == launch.kernel["shared"]
             assert (found["symbol"], found["sha256"]) == (launch.kernel["symbol"], launch.kernel["sha256"])
             assert found["arguments"] == launch.arguments
             assert found["outputs"] == [shape for shape, _ in launch.outputs] == wanted

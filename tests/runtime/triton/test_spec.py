@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -132,3 +133,21 @@ def test_triton_is_imported_only_when_a_kernel_is_wanted() -> None:
     done = subprocess.run([sys.executable, "-c", f"import sys, {modules}; print('triton' in sys.modules)"],
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert done.stdout.strip() == "False"
+
+
+def test_the_other_ways_to_launch_a_kernel_divide_the_same_row() -> None:
+    for op_type, width in itertools.product(
+        ("AttnResRead_9", "AttnResAddMergeNorm_2", "AttnResInter_9"), (64, 577, 8192)
+    ):
+        spec = KernelSpec(op_type, width, "float16", queries=8)
+        first, *others = spec.alternatives
+        assert first is spec
+        assert len({each.key for each in spec.alternatives}) == len(spec.alternatives)
+        for other in others:
+            assert 4 <= other.launch.block // (32 * other.launch.warps) <= 32
+            assert (other.launch.block, other.inputs, other.outputs) == (spec.launch.block, spec.inputs, spec.outputs)
+            assert other.launch.warps in (2 * spec.launch.warps, spec.launch.warps // 2)
+    assert len(KernelSpec("AttnResRead_9", 64, "float16").alternatives) == 1
+    assert [each.launch.warps for each in KernelSpec("AttnResRead_9", 577, "float16").alternatives] == [4, 8, 2]
+    with pytest.raises(UsageError, match=r"triton\.bad-spec"):
+        KernelSpec("AttnResRead_9", 64, "float16", warp_factor=3)

@@ -227,13 +227,12 @@ def footprint(facts: ModelFacts, target: Target, precision: Precision | None = N
         facts: The graph, from ``read_model``.
         target: Where it is to run.
         precision: Another precision than the graph's own: what it would be if the model were converted again. What int8
-            and int4-weights do not quantise is then in half precision.
+            and int4-weights do not quantise is then in half precision, for ONNX Runtime in float32, as ``convert`` has it.
     """
     own = own_precision(facts)
     chosen = own if precision is None else precision
-    floating = _FLOAT32 if chosen == "fp32" else _HALF
-    if chosen == own:
-        floating = facts.floating
+    wide = chosen == "fp32" or (chosen in {"int8", "int4-weights"} and target.builder == "onnxruntime")
+    floating = facts.floating if chosen == own else _FLOAT32 if wide else _HALF
     bytes_of_weights = facts.weights.stored if chosen == own else weight_bytes(facts, chosen, floating)
     activations, peak_at = facts.peaks[0 if chosen == own else floating]
     engine = build = on_gpu = None

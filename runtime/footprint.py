@@ -227,7 +227,7 @@ def footprint(facts: ModelFacts, target: Target, precision: Precision | None = N
         facts: The graph, from ``read_model``.
         target: Where it is to run.
         precision: Another precision than the graph's own: what it would be if the model were converted again. What int8
-            and int4-weights do not quantise is then in half precision, for ONNX Runtime in float32, as ``convert`` has it.
+            and int4-weights do not quantise is then in half precision, for ONNX Runtime in float32, as by ``convert``.
     """
     own = own_precision(facts)
     chosen = own if precision is None else precision

@@ -65,7 +65,7 @@ def refused(final: Mapping[str, Any], request: BuildRequest, *, log: Path) -> Bu
         request: What it was asked to build.
         log: Where the child's log will lie afterwards.
     """
-    model, kind = request.model, final["kind"]
+    model, kind = request.source or request.model, final["kind"]
     if kind in {"missing", "write"}:
         return _not_ours(final, request.engine)
     if kind == "dtypes":

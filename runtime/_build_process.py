@@ -42,6 +42,7 @@ class BuildRequest:
         profile: Least, usual and greatest shape of every input whose shape is not static.
         strip_weights: Leave the weights out of the engine, to be put back where it is loaded.
         dtypes: ONNX's names of the types of values and weights, by their names: what the network is checked against.
+        source: File to name in messages, where ``model`` is a copy of it that does not last.
     """
 
     model: str
@@ -52,6 +53,7 @@ class BuildRequest:
     profile: dict[str, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
     strip_weights: bool = False
     dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def spawn(
     if final is None:
         last = follower.last
         at = f"phase {last.phase!r}, after {last.elapsed_seconds:.1f} s, at {gigabytes(last.rss_bytes)}"
-        raise crashed(status, at=f"{request.model}: {at}", log=log, kept_log=kept_log)
+        raise crashed(status, at=f"{request.source or request.model}: {at}", log=log, kept_log=kept_log)
     if final["event"] == "error":
         raise refused(final, request, log=kept_log)
     names = ("version", "bytes", "peak_rss_bytes", "layers", "dtypes", "weights", "checked")

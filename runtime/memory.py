@@ -30,8 +30,14 @@ model (float32 unless said)             nodes  products   weights  peak, 1/2/3 G
 12 layers x 256, reads                   3115       109      54.7              634     668   1.05
 30 layers x 256, reads                  16399       271     113.3             1794    1970   1.10
 SmolLM2-135M, 8 AttnRes blocks, 512      4573       271     513.6             2264    2236   0.99
+12 layers x 768, MLP of 3072                326       109     525.9             1849    1842   1.00
+the same, float16                           326       109     262.9             1056    1065   1.01
+the same, bfloat16                          326       109     262.9             1057    1065   1.01
+the same, int8 (Q/DQ), rest float16         506       109     155.2              742     762   1.03
+the same, int4 weights, rest float16        410       109     107.7              608     614   1.01
 ======================================  =====  ========  ========  ===============  ======  =====
 
+The last five rows are no part of the fit, which the narrow dtypes leave as it is: ``python -m benchmarks.build_memory``.
 The number of GPUs compiled for and the optimisation level make no difference. The worst measurement lies 7 % above the
 line and repeated runs differ by up to 9 %, so the margin is 15 %. About a quarter of the peak is the mapped weights
 file, which the kernel can drop: the prediction is on the safe side.

@@ -117,6 +117,7 @@ def build(
             profile=profile,
             strip_weights=strip_weights,
             dtypes=named_dtypes(model),
+            source=str(artifact.model),
         )
         result = spawn(
             request,

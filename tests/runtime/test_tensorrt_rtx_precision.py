@@ -122,8 +122,9 @@ def test_an_engine_without_weights_needs_a_gpu_to_be_built(tmp_path: Path) -> No
     models.tiny(tmp_path)
     made = models.artifact_of(tmp_path)
     with pytest.raises(BuildError) as caught:
-        build(made, RTX, compute_capabilities=["SM86"], strip_weights=True)
+        build(made, RTX, compute_capabilities=["SM86"], strip_weights=True, max_batch=2)
     assert caught.value.code == "build.strip-needs-gpu"
+    assert caught.value.at == str(made.model)  # not the copy that was built from
     assert "CUDA_SUCCESS" in (caught.value.got or "")
     assert [path.name for path in (tmp_path / "engine/rtx").iterdir()] == [FAILED_LOG]
     assert Artifact.load(tmp_path).manifest.engines == {}

@@ -37,7 +37,7 @@ the same, int8 (Q/DQ), rest float16         506       109     155.2             
 the same, int4 weights, rest float16        410       109     107.7              608     614   1.01
 ======================================  =====  ========  ========  ===============  ======  =====
 
-The last five rows are no part of the fit, which the narrow dtypes leave as it is: ``python -m benchmarks.build_memory``.
+The last five rows are no part of the fit, which serves narrow dtypes as it is: ``python -m benchmarks.build_memory``.
 The number of GPUs compiled for and the optimisation level make no difference. The worst measurement lies 7 % above the
 line and repeated runs differ by up to 9 %, so the margin is 15 %. About a quarter of the peak is the mapped weights
 file, which the kernel can drop: the prediction is on the safe side.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from depthwire import _flow
-from depthwire._build import build_stage, has_engine, require_backend
+from depthwire._build import build_stage, builds_here, require_backend
 from depthwire._outdir import check_out, disk_full_as_error, free_bytes, removed_unless_vouched, require_space
 from depthwire._quality import quality_stage
 from depthwire._results import DryRun, Result, VerificationError
@@ -59,9 +59,12 @@ def _target(recipe: Recipe) -> Target:
     from depthwire.runtime.target import load_target
 
     target = load_target(recipe.target)
-    if recipe.build.enabled and has_engine(target):
+    if recipe.build.enabled and builds_here(target):
         target.resolve_compute_capabilities(recipe.build.compute_capabilities)
         require_backend(target)
+    if recipe.precision.kind != "fp32":
+        capabilities = target.resolve_compute_capabilities(recipe.build.compute_capabilities)
+        target.require_precision(recipe.precision.kind, capabilities if recipe.build.enabled else ())
     return target
 
 
@@ -135,7 +138,7 @@ def _prove_and_build(run: _Run, artifact: Artifact) -> Result:
             # A file of inputs says itself how many windows there are.
             chosen = windows if recipe.goldens.inputs is not None else windows[: recipe.verify.windows]
             verdict = verify_stage(artifact, run.rewritten, chosen, stages)
-        if recipe.build.enabled and has_engine(run.target):
+        if recipe.build.enabled and builds_here(run.target):
             engine = build_stage(artifact, run.target, recipe.build, stages)
     except VerificationError as error:
         verdict, failure = error.report, error
@@ -172,9 +175,9 @@ def dry_run(source: Model, recipe: Recipe, stages: Stages, *, force: bool, examp
         "title": target.title,
         "builder": target.builder,
         "opset": recipe.opset or target.opset,
-        "engine": recipe.build.enabled and has_engine(target),
+        "engine": recipe.build.enabled and builds_here(target),
         "compute_capabilities": list(target.resolve_compute_capabilities(recipe.build.compute_capabilities))
-        if has_engine(target)
+        if builds_here(target)
         else [],
     }
     return DryRun(

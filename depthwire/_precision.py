@@ -182,9 +182,9 @@ def _ranges(
     from depthwire.passes.analysis.precision import assign
     from depthwire.passes.analysis.ranges import measure
 
-    low = assign(rewritten.program, wide_logits=wide_logits).low
+    assignment = assign(rewritten.program, wide_logits=wide_logits)
     stage.update("measuring ranges")
-    ranges = measure(rewritten.program, feeds, low)
+    ranges = measure(rewritten.program, feeds, assignment.low | assignment.weights)
     limit = 65504.0 / HEADROOM
     if rest == "fp16" and not ranges.largest <= limit:
         raise PassError(
@@ -213,6 +213,7 @@ def _steps(
 
     options = recipe.precision
     quantize: tuple[Any, ...] = ()
+    weights_alone: tuple[Any, ...] = ()
     quantized: dict[str, int] = {}
     if options.kind in ("int8", "int4-weights"):
         from depthwire.passes.analysis.quantization import calibrate
@@ -220,16 +221,18 @@ def _steps(
 
         plan = calibrate(program, feeds, options.kind, progress=stage.update)
         quantize = (QuantizeLinear(plan),)
+        weights = {name: dataclasses.replace(weight, activation=None) for name, weight in plan.weights.items()}
+        weights_alone = (QuantizeLinear(dataclasses.replace(plan, weights=weights)),)
         quantized = {
             "layers quantised": len(plan.weights),
             "with their input": len(plan.weights) - len(plan.weight_only),
         }
         quantized |= {"layers kept": len(plan.kept)} if plan.kept else {}
     if rest == "fp32":
-        return quantize, quantize, quantized
+        return quantize, weights_alone, quantized
     cast = CastPrecision(rest, options.logits)  # type: ignore[arg-type]
     twin = dataclasses.replace(cast, arithmetic="fp32")
-    return (*quantize, cast), (*quantize, twin), quantized
+    return (*quantize, cast), (*weights_alone, twin), quantized
 
 
 def _run(program: Program, steps: tuple[Any, ...]) -> Program:

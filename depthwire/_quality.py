@@ -98,7 +98,7 @@ def _run(program: Program, window: Window) -> _Run:
             selections.append((module_of(node) or node.name, score, bits))
         tensors = value if isinstance(value, (tuple, list)) else (value,)
         floats = [each for each in tensors if isinstance(each, torch.Tensor) and each.is_floating_point()]
-        if not all(bool(each.isfinite().all()) for each in floats):
+        if node.op != "placeholder" and not all(bool(each.isfinite().all()) for each in floats):
             broken.append(where(node))
 
     feed = {name: torch.from_numpy(array) for name, array in window.items()}

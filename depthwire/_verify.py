@@ -116,7 +116,7 @@ def _compare(
     from depthwire.runtime.verify import verify as compare
 
     if rewritten is None:
-        with twin_of(artifact) as twin:
+        with twin_of(artifact, rounding=True) as twin:
             report = compare(twin, original=None, rewritten=None, windows=windows, progress=stage.update)
             return report if twin is artifact else dataclasses.replace(report, polygraphy="")
     program = rewritten.program if rewriting else None

@@ -7,12 +7,14 @@ networks take the graph at its word, so it is the graph that must be looked at.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from depthwire.errors import ExportError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from depthwire.program import Program
 
 _PRODUCTS = ("MatMul", "Gemm", "Attention", "Conv", "ConvTranspose", "Einsum")
 _DTYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
@@ -58,6 +60,35 @@ def check_census(model: ir.Model, *, asked: str, rest: str, wide_products: int) 
     held = {_dtype(value) for value in model.graph.initializers.values()}
     if stored is not None and stored not in held:
         raise _refused("initializers", f"weights stored as {stored}", ", ".join(sorted(held)))
+
+
+def check_scales(model: ir.Model, program: Program) -> None:
+    """Check that a graph rounds the inputs of its layers where the program does, with the same scales.
+
+    Raises:
+        ExportError: ``export.precision``.
+    """
+    exported = program.exported
+    values = {**exported.constants, **exported.state_dict}
+    held = {spec.arg.name: values.get(str(spec.target)) for spec in exported.graph_signature.input_specs}
+    wanted: Counter[float] = Counter()
+    for node in exported.graph.nodes:
+        if getattr(getattr(node.target, "_schema", None), "name", "") == "depthwire::quantize":
+            scale: Any = held[str(node.args[1])]
+            wanted[float(scale)] += 1
+    found: Counter[float] = Counter()
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear" and node.inputs[1] is not None:
+            tensor = node.inputs[1].const_value
+            found[float("nan") if tensor is None else float(tensor.numpy())] += 1
+            users = [use.node for use in node.outputs[0].uses()]
+            if any(user.op_type != "DequantizeLinear" or user.inputs[1] is not node.inputs[1] for user in users):
+                raise _refused(str(node.name), "one scale to round by and to multiply with", "another")
+    if wanted != found:
+        other = (wanted - found) + (found - wanted)
+        raise _refused(
+            "QuantizeLinear", f"{sum(wanted.values())} roundings", f"{sum(found.values())}, {len(other)} scales differ"
+        )
 
 
 def embedding_tables(model: ir.Model) -> set[str]:

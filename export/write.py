@@ -28,7 +28,7 @@ from depthwire.errors import ExportError
 from depthwire.export._external_data import inline_small, write_external_data
 from depthwire.export._route_inputs import STATES_OUT
 from depthwire.export._route_manifest import RoutedGraphs, route_info, tensor_info
-from depthwire.export.census import census, check_census, embedding_tables
+from depthwire.export.census import census, check_census, check_scales, embedding_tables
 from depthwire.export.ops import DOMAIN
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def write_artifact(
     with _temporary_sibling(out) as root:
         graphs = {MODEL: model, **({} if routed is None else routed.models)}
         others = [other for name, other in graphs.items() if name != MODEL]
-        precision = None if precision is None else _counted(precision, graphs)
+        precision = None if precision is None else _counted(precision, graphs, rewritten)
         sha256, size = write_external_data(model, root / WEIGHTS, progress, others=others)
         for name, graph in graphs.items():
             inline_small(graph)
@@ -97,12 +97,13 @@ def write_artifact(
     return Artifact(out, manifest)
 
 
-def _counted(precision: PrecisionInfo, graphs: Mapping[str, ir.Model]) -> PrecisionInfo:
+def _counted(precision: PrecisionInfo, graphs: Mapping[str, ir.Model], program: Program) -> PrecisionInfo:
     """Check the dtypes of every graph, and fill in the census and the sizes of the first."""
     wide = sum(precision.islands.get(reason, 0) for reason in ("scores", "logits", "functions"))
     for model in graphs.values():
         check_census(model, asked=precision.asked, rest=precision.rest, wide_products=wide)
     model = graphs[MODEL]
+    check_scales(model, program)
     tables = embedding_tables(model)
     sizes = {name: v.const_value.nbytes for name, v in model.graph.initializers.items() if v.const_value is not None}
     embedding = sum(size for name, size in sizes.items() if name in tables)

@@ -92,6 +92,7 @@ class _Caster:
     low: torch.dtype
     twin: bool
     casts: dict[tuple[torch.fx.Node, torch.dtype], torch.fx.Node] = field(default_factory=dict)
+    shared: set[str] = field(default_factory=set)
     rounded: dict[object, torch.Tensor] = field(default_factory=dict)
     touched: set[torch.fx.Node] = field(default_factory=set)
 
@@ -113,18 +114,16 @@ class _Caster:
         exported = self.program.exported
         placeholders = {node.name: node for node in nodes if node.op == "placeholder"}
         for spec in exported.graph_signature.input_specs:
-            node = placeholders[spec.arg.name]
-            if spec.kind is InputKind.USER_INPUT or not is_float(node) or value(node).dtype != torch.float32:
+            if spec.arg.name not in self.assignment.weights:
+                # Kept in fp32 for somebody else: whoever computes in the low dtype reads it through a cast, which an
+                # exporter folds into a second, rounded copy. So the twin rounds there too.
+                self.shared |= set() if spec.kind is InputKind.USER_INPUT else {spec.arg.name}
                 continue
-            if self._only_low(node):
-                tensor = value_of_spec(spec, exported.state_dict, exported.constants)
-                rounded = self._rounded(tensor, fill=spec.kind is not InputKind.PARAMETER)
-                if not (self.twin and torch.equal(rounded, tensor)):
-                    self.edit.retype(node, rounded)
-                    self.touched.add(node)
-
-    def _only_low(self, node: torch.fx.Node) -> bool:
-        return bool(node.users) and all(self._is_low(user) and takes_dtype(user, node) for user in node.users)
+            tensor = value_of_spec(spec, exported.state_dict, exported.constants)
+            rounded = self._rounded(tensor, fill=spec.kind is not InputKind.PARAMETER)
+            if not (self.twin and torch.equal(rounded, tensor)):
+                self.edit.retype(placeholders[spec.arg.name], rounded)
+                self.touched.add(placeholders[spec.arg.name])
 
     def _rounded(self, tensor: torch.Tensor, *, fill: bool) -> torch.Tensor:
         """Return a tensor in the low dtype; one that two names share is shared again."""
@@ -143,7 +142,11 @@ class _Caster:
         wanted = self.low if low and not self.twin else torch.float32
 
         def cast(arg: torch.fx.Node) -> torch.fx.Node:
-            if not is_float(arg) or not takes_dtype(node, arg) or value(arg).dtype in (wanted, torch.float64):
+            if not is_float(arg) or not takes_dtype(node, arg) or value(arg).dtype == torch.float64:
+                return arg
+            if self.twin and low and arg.name in self.shared:
+                return self._cast(self._cast(arg, self.low, node), torch.float32, node)
+            if value(arg).dtype == wanted:
                 return arg
             return self._cast(arg, wanted, node)
 

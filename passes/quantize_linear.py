@@ -64,8 +64,8 @@ class QuantizeLinear(Pass):
     def _refusal(self, name: str, linear: Linear, weight: QuantizedWeight | None) -> Decline | None:
         at, shape = where(linear.node), list(value(linear.weight).shape)
         if weight is None:
-            known = self.plan.kept.get(name)
-            return known or Decline("quantize-linear.no-plan", at, "a weight that the plan names", name)
+            absent = Decline("quantize-linear.no-plan", at, "a weight that the plan names", name)
+            return self.plan.kept.get(name, absent)  # the plan may know why, such as blocks that do not divide it
         stored = list(weight.values.shape)
         if stored != shape:
             return Decline("quantize-linear.shape", at, f"{name} {stored}, as in the plan", str(shape))
@@ -75,8 +75,11 @@ class QuantizeLinear(Pass):
         """Check that no weight of the plan is left in its old form, neither in the graph nor beside it."""
         left = {str(spec.target) for spec in program.exported.graph_signature.input_specs} & set(self.plan.weights)
         left |= set(program.exported.state_dict) & set(self.plan.weights)
-        found = find_linears(program).found.items()
-        declined = {name for name, each in found if self._refusal(name, each[0], self.plan.weights.get(name))}
+        linears = find_linears(program)
+        verdicts = {
+            name: self._refusal(name, each[0], self.plan.weights.get(name)) for name, each in linears.found.items()
+        }
+        declined = linears.kept.keys() | {name for name, decline in verdicts.items() if decline is not None}
         return [f"{name} is in the program as it was" for name in sorted(left - declined)]
 
 
@@ -98,7 +101,8 @@ class _Rewriter:
         edit.drop_weight(old)
         if weight.activation is not None:
             for linear in linears:
-                self._round(name, linear, weight.activation)
+                if not linear.source:
+                    self._round(name, linear, weight.activation)
 
     def _round(self, name: str, linear: Linear, scale: float) -> None:
         """Let a layer read its input rounded, right behind what makes it: others may read it so as well."""

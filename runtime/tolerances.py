@@ -19,6 +19,8 @@ from depthwire.errors import UsageError
 Kind = Literal["logits", "hidden", "layer", "nll", "integer"]
 
 KINDS: Final = get_args(Kind)
+QUANTIZED: Final = "quantized"
+"""Row of floating-point values behind layers whose inputs are rounded to int8, whatever their own dtype."""
 FLOAT_DTYPES: Final = ("float64", "float32", "float16", "bfloat16")
 EXACT_DTYPES: Final = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
@@ -101,6 +103,13 @@ _TABLE: Final[dict[tuple[str, Kind], Tolerance]] = {
         "The loosest that is granted. A sound layer has reached 1.3e-1 on one outlier: find a wrong layer at float32.",
     ),
     ("bfloat16", "nll"): Tolerance(0.0, 1e-2, "Nats, mean over a window: 3.6e-3 measured."),
+    (QUANTIZED, "logits"): Tolerance(
+        4.9e-2,
+        0.0,
+        "The loosest that is granted. An input of a layer half-way between two integers falls to either side: MEASURED.",
+    ),
+    (QUANTIZED, "hidden"): Tolerance(4.9e-2, 0.0, "As for logits."),
+    (QUANTIZED, "nll"): Tolerance(0.0, 1e-2, "Nats, mean over a window: MEASURED."),
 }
 
 

@@ -1,8 +1,11 @@
-"""The fp32 twin of a graph in half precision: the same graph and the same stored weights, computed in fp32.
+"""The fp32 twin of a graph of another precision: the same graph and the same stored weights, computed in fp32.
 
-ONNX Runtime's CPU provider has no bfloat16 products and computes float16 in fp32, so it says nothing of half-precision
-numerics. It can say that the file's structure is right: every half-precision type of the file is made float32, the
-weights are widened, and what then runs must agree with the twin of the program to fp32 rounding.
+ONNX Runtime's CPU provider has no bfloat16 products, computes float16 in fp32, and fuses 8- and 4-bit products into
+kernels of its own arithmetic, so it says nothing of an engine's numerics. It can say that the file's structure is
+right: every half-precision type of the file is made float32, the weights are widened or multiplied by their scales, and
+what then runs must agree with the twin of the program to fp32 rounding. Inputs of layers are not rounded to int8 in
+either twin: a value half-way between two integers would fall to either side. (Their scales are compared with the
+program's when the file is written: ``export/census.py``.)
 """
 
 from __future__ import annotations
@@ -21,23 +24,24 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def twin_of(artifact: Artifact) -> Iterator[Artifact]:
+def twin_of(artifact: Artifact, *, rounding: bool = False) -> Iterator[Artifact]:
     """Write the twin of an artefact's graph beside it, and remove it afterwards.
 
     Args:
         artifact: Of any precision; ``with_graph`` chooses the graph.
+        rounding: Keep the rounding of layers' inputs to int8: for goldens, which the rounded model made.
 
     Yields:
-        An artefact with the twin as its model and the same goldens; where nothing is in half precision, the artefact
-        itself.
+        An artefact with the twin as its model and the same goldens; for a graph of fp32, the artefact itself.
     """
-    if artifact.manifest.precision is None or artifact.manifest.precision.rest == "fp32":
+    if artifact.manifest.precision is None:
         yield artifact
         return
     import onnx_ir
 
     model = onnx_ir.load(artifact.model)
     widen(model)
+    multiply_out(model, rounding=rounding)
     root = artifact.root.resolve()
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.twin-") as folder:
         onnx_ir.save(model, Path(folder) / MODEL, external_data=f"{MODEL}.data")
@@ -69,6 +73,59 @@ def widen(model: ir.Model) -> None:
         for value in values:
             if value.dtype is not None and _is_low(value.dtype):
                 value.type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+
+
+def multiply_out(model: ir.Model, *, rounding: bool = False) -> None:
+    """Replace quantised weights by their fp32 values and, unless it is kept, drop the rounding of inputs, in place."""
+    import onnx_ir
+
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "DequantizeLinear" and node.domain == ""]:
+        integers = node.inputs[0]
+        rounded = None if integers is None else integers.producer()
+        if rounded is not None and rounding:
+            continue
+        source = None if rounded is None else rounded.inputs[0]
+        if source is None:
+            source = _product(node)
+            graph.register_initializer(source)
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], source)
+        graph.remove(node, safe=True)
+    for node in [node for node in graph if node.op_type == "QuantizeLinear" and node.domain == "" and not rounding]:
+        graph.remove(node, safe=True)
+    used = {value for node in graph for value in node.inputs} | set(graph.outputs)
+    for name in [
+        name for name, value in graph.initializers.items() if value not in used and not value.is_graph_input()
+    ]:
+        del graph.initializers[name]
+
+
+def _product(node: ir.Node) -> ir.Value:
+    """Return the weight that a ``DequantizeLinear`` computes from initializers."""
+    import numpy as np
+    import onnx_ir
+
+    integers, scales = (value.const_value for value in node.inputs[:2] if value is not None)
+    if integers is None or scales is None:
+        raise ValueError(f"{node.name} dequantises no initializer")
+    axis, block = (node.attributes.get_int(name, default) for name, default in (("axis", 1), ("block_size", 0)))
+
+    def read() -> ir.TensorProtocol:
+        values = np.asarray(integers.numpy()).astype(np.float32)
+        factors = np.asarray(scales.numpy(), dtype=np.float32)
+        if block:
+            factors = np.repeat(factors, block, axis=axis)
+        elif factors.ndim:
+            factors = factors.reshape([-1 if place == axis % values.ndim else 1 for place in range(values.ndim)])
+        return onnx_ir.Tensor(values * factors)
+
+    shape = onnx_ir.Shape(tuple(int(size) for size in integers.shape.numpy()))
+    return onnx_ir.Value(
+        name=f"{node.name}.fp32",
+        shape=shape,
+        type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
+        const_value=onnx_ir.LazyTensor(read, dtype=onnx_ir.DataType.FLOAT, shape=shape),
+    )
 
 
 def _is_low(dtype: ir.DataType) -> bool:

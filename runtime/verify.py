@@ -17,6 +17,7 @@ from depthwire.runtime._goldens import Goldens
 from depthwire.runtime._judge import Judged, output_kinds
 from depthwire.runtime._reproduce import write_reproduction
 from depthwire.runtime._windows import window_feeds, window_groups
+from depthwire.runtime.tolerances import QUANTIZED
 from depthwire.runtime.verify_format import format_report
 from depthwire.runtime.verify_report import Divergence, PairResult, VerifyReport
 
@@ -85,7 +86,9 @@ def verify(
     kinds = output_kinds(artifact.manifest)
     # Goldens hold what half precision made of the values; everything else that is compared computes as the file does.
     precision = artifact.manifest.precision
-    rounded = None if goldens is None or precision is None else _NUMPY[precision.rest]
+    rounded = None
+    if goldens is not None and precision is not None:
+        rounded = QUANTIZED if precision.asked == "int8" else _NUMPY[precision.rest]
     judged: dict[tuple[str, str], Judged] = {pair: Judged() for pair in _pairs(labels)}
     polygraphy = ""
     for group in window_groups(artifact, feeds, len(labels)):

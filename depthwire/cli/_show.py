@@ -249,6 +249,8 @@ def show_comparison(report: VerifyReport) -> Iterator[RenderableType]:
 
 def show_result(result: Result) -> Iterator[RenderableType]:
     """Yield the comparison, the engine, the table of stages, and where everything lies."""
+    from depthwire.runtime.target import load_target
+
     if result.verdict is not None:
         yield from show_comparison(result.verdict)
     if result.engine is not None:
@@ -256,6 +258,9 @@ def show_result(result: Result) -> Iterator[RenderableType]:
     yield stage_table(result.stages)
     yield f"artefact: {result.artifact.root}"
     yield f"report:   {result.artifact.path(REPORT_HTML)}"
+    target = load_target(str(result.artifact.manifest.recipe["target"]))
+    if target.builds_on == "device":
+        yield f"engine:   built on the device: depthwire bundle {result.artifact.root} --target {target.name}"
 
 
 def show_findings(findings: Sequence[Finding]) -> Iterator[RenderableType]:

@@ -100,10 +100,12 @@ class Assignment:
 
     Attributes:
         low: Names of the calls that compute in the low dtype.
+        weights: Names of the weights and constants that are stored in it: those that only such calls take.
         islands: Number of calls kept in fp32, by reason: ``norms``, ``scores``, ``logits``, ``functions``.
     """
 
     low: frozenset[str]
+    weights: frozenset[str] = frozenset()
     islands: dict[str, int] = field(default_factory=dict)
 
 
@@ -127,7 +129,15 @@ def assign(program: Program, *, wide_logits: bool = False) -> Assignment:
             islands[reason] += 1
         elif is_narrow(node) or (not names_its_dtype(node) and _follows_low(node, low)):
             low.add(node.name)
-    return Assignment(frozenset(low), {reason: count for reason, count in islands.items() if count})
+    weights = {node.name for node in graph.nodes if node.op == "placeholder" and _only_low(node, low)}
+    weights -= set(program.input_names)
+    return Assignment(frozenset(low), frozenset(weights), {reason: n for reason, n in islands.items() if n})
+
+
+def _only_low(node: torch.fx.Node, low: set[str]) -> bool:
+    if not is_float(node) or value(node).dtype != torch.float32 or not node.users:
+        return False
+    return all(user.name in low and takes_dtype(user, node) for user in node.users)
 
 
 def floats(node: torch.fx.Node) -> Iterator[torch.Tensor]:

@@ -24,7 +24,7 @@ from depthwire.ops.quantize import dequantize_reference, quantize_reference
 from depthwire.passes.analysis.observe import observe
 from depthwire.passes.analysis.quantization_linears import Linear, find_linears, refuse_block
 from depthwire.passes.analysis.quantization_plan import Kind, QuantizationPlan, QuantizedWeight, most_sensitive
-from depthwire.passes.analysis.quantization_ranges import Histogram
+from depthwire.passes.analysis.quantization_ranges import Histogram, output_energy
 from depthwire.passes.analysis.quantization_rounding import Grid, output_error, round_weight
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ BLOCK = 64
 """Weights along the summed axis that share a scale in ``int4-weights``; TensorRT takes 64 and 128."""
 EIGHT_BIT_SHARE = 0.25
 """The largest share of the weights of an ``int4-weights`` plan that are given 8 bits."""
-ACTIVATION_ERROR = 1e-3
-"""How much of the energy of a layer's output may be lost by rounding its input."""
+ACTIVATION_ERROR = 1e-2
+"""How much of the energy of a token's output may be lost by rounding a layer's input, on average over tokens."""
+WORST_TOKEN_ERROR = 0.5
+"""The same for a single token: a fixed scale may not cut off the one that all others attend to."""
 _MEASURED = 4  # windows on which the cost of rounding activations is measured
 _MOMENT_BYTES = 2 << 30  # second moments held at once; more layers take more runs of the program
 
@@ -190,11 +192,13 @@ class _Calibration:
         lost = self._losses(weights, groups, scales)
         result = {}
         for key, names in groups.items():
-            worst = max(lost[name] for name in names)
+            mean, worst = (max(lost[name][index] for name in names) for index in range(2))
             for name in names:
-                reason = _reason(self._linears[name], worst)
+                reason = _reason(self._linears[name], mean, worst)
                 activation = None if reason else scales[key]
-                result[name] = replace(weights[name], activation=activation, activation_error=lost[name], reason=reason)
+                result[name] = replace(
+                    weights[name], activation=activation, activation_error=lost[name][0], reason=reason
+                )
         return result
 
     def _losses(
@@ -202,26 +206,29 @@ class _Calibration:
         weights: Mapping[str, QuantizedWeight],
         groups: Mapping[tuple[torch.fx.Node, ...], list[str]],
         scales: Mapping[tuple[torch.fx.Node, ...], float],
-    ) -> dict[str, float]:
-        """Return the share of every layer's output energy that is lost by rounding its input."""
-        wanted: dict[torch.fx.Node, list[tuple[str, float]]] = defaultdict(list)
+    ) -> dict[str, tuple[float, float]]:
+        """Return the share of a token's output energy that is lost by rounding the input: the mean, and the worst."""
+        wanted: dict[torch.fx.Node, list[tuple[float, list[str]]]] = defaultdict(list)
         for key, names in groups.items():
             for node in key:
-                wanted[node] += [(name, scales[key]) for name in names]
-        lost, whole = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+                wanted[node].append((scales[key], names))
+        found: dict[str, list[Tensor]] = {name: [] for name in weights}
 
         def visit(node: torch.fx.Node, x: Any) -> None:
-            for name, scale in wanted.get(node, ()):
-                rows = x.detach().to(torch.float32)
-                moved = dequantize_reference(quantize_reference(rows, torch.tensor(scale)), torch.tensor(scale)) - rows
-                matrix = self._matrix(name)
-                lost[name] += float((moved @ matrix.T).square().sum())
-                whole[name] += float((rows @ matrix.T).square().sum())
+            for number, names in wanted.get(node, ()):
+                rows, scale = _rows(x), torch.tensor(number)
+                moved = dequantize_reference(quantize_reference(rows, scale), scale) - rows
+                for name in names:
+                    matrix = self._matrix(name)
+                    whole = (rows @ matrix.T).square().sum(1)
+                    lost = (moved @ matrix.T).square().sum(1)
+                    found[name].append(lost / whole.clamp_(min=torch.finfo(torch.float32).tiny))
 
         for index, feed in enumerate(self._feeds[:_MEASURED]):
             observe(self._program, feed, visit)
             self._progress(f"rounded inputs: {index + 1} of {min(len(self._feeds), _MEASURED)} windows")
-        return {name: lost[name] / whole[name] if whole[name] else 0.0 for name in weights}
+        shares = {name: torch.cat(parts) for name, parts in found.items()}
+        return {name: (float(share.mean()), float(share.max())) for name, share in shares.items()}
 
 
 class _Observed:
@@ -239,11 +246,18 @@ class _Observed:
         moment = self.moments.get(node)
         if moment is None:
             return
-        rows = x.detach().to(torch.float32).reshape(-1, x.shape[-1])
-        moment.addmm_(rows.T, rows)
+        rows, importance = _rows(x), self._importance[node]
         self.rows[node] += len(rows)
         if node in self.histograms:
-            self.histograms[node].add(rows, self._importance[node])
+            self.histograms[node].add(rows, importance)
+        # A few tokens of a trained transformer (the first of a text, often) carry activations a thousand times larger
+        # than the others; unless all are brought to outputs of one size, those are all that the moment says.
+        level = rows * output_energy(rows, importance).rsqrt_().unsqueeze(1)
+        moment.addmm_(level.T, level)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32).reshape(-1, x.shape[-1])
 
 
 def _merged(histograms: Sequence[Histogram]) -> Histogram:
@@ -251,11 +265,14 @@ def _merged(histograms: Sequence[Histogram]) -> Histogram:
     return Histogram(counts, max(histogram.largest for histogram in histograms))
 
 
-def _reason(linears: Sequence[Linear], lost: float) -> str:
+def _reason(linears: Sequence[Linear], mean: float, worst: float) -> str:
+    """Return why an input is left alone; nothing if it is rounded."""
     if any(linear.source for linear in linears):
         return "its input is a source of an AttnRes read"
-    if lost > ACTIVATION_ERROR:
-        return f"rounding the input would cost {lost:.1e} of the output's energy, more than {ACTIVATION_ERROR:.0e}"
+    if mean > ACTIVATION_ERROR:
+        return f"rounding the input would cost {mean:.1e} of the output's energy, more than {ACTIVATION_ERROR:.0e}"
+    if worst > WORST_TOKEN_ERROR:
+        return f"rounding the input would cost one token {worst:.0%} of its output, more than {WORST_TOKEN_ERROR:.0%}"
     return ""
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 _PRODUCTS = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default)
+_BATCHED = (aten.bmm.default, aten.baddbmm.default, aten.matmul.default, aten.einsum.default)
 _MOVES = (*TRANSPARENT, *VIEWS, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor)
 _RANKED = (SELECT, SELECT_BUDGET, aten.topk.default)
 _PART = re.compile(r"route\.\d+\.")
@@ -86,6 +87,11 @@ def find_linears(program: Program) -> Linears:
         name = weights.get(node.name)
         if node.op != "placeholder" or name is None:
             continue
+        experts = _expert_products(node)
+        if experts:
+            kept[name] = Decline(
+                "quantize-linear.experts", where(experts[0]), "a matrix", f"{name} {list(value(node).shape)}"
+            )
         linears = [linear for user in node.users for linear in _linears_of(node, user, sources)]
         if not linears:
             continue
@@ -96,6 +102,12 @@ def find_linears(program: Program) -> Linears:
         else:
             kept[name] = decline
     return Linears(found, kept)
+
+
+def _expert_products(weight: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the products with a weight that holds a matrix for every expert."""
+    users = [each for user in weight.users for each in (user.users if is_call(user, *_TRANSPOSES) else [user])]
+    return [user for user in users if is_call(user, *_BATCHED) and value(weight).dim() == 3]
 
 
 def _linears_of(weight: torch.fx.Node, reader: torch.fx.Node, sources: set[torch.fx.Node]) -> list[Linear]:

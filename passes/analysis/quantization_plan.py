@@ -26,7 +26,8 @@ class QuantizedWeight:
         block: Weights that share a scale; 0 for one scale a channel.
         bits: 8 or 4.
         activation: The scale of the layers' input; ``None`` leaves it as it is.
-        weight_error: Share of the output's energy lost by rounding the weight, on the calibration inputs.
+        weight_error: Share of a token's output energy that rounding the weight costs, on average over the
+            calibration inputs.
         activation_error: The same of rounding the input; ``None`` for ``int4-weights``.
         reason: Why the input is left alone, or why the weight is given more bits than the others.
     """

@@ -15,9 +15,14 @@ _CANDIDATES = 256  # eight octaves below the largest value
 _HIGHEST = 127
 
 
+def output_energy(rows: Tensor, importance: Tensor) -> Tensor:
+    """Return about how large the output of every token is, ``[T]``: as if its channels were independent; not 0."""
+    return (rows.square() @ importance).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
 @dataclass
 class Histogram:
-    """How often magnitudes occur, in bins of equal ratio; weighted by how much the layers make of each channel.
+    """How often magnitudes occur, in bins of equal ratio; weighted by what their errors cost relative to the output.
 
     Attributes:
         counts: ``[bins]`` fp64, sums of weights.
@@ -27,17 +32,18 @@ class Histogram:
     counts: Tensor = field(default_factory=lambda: torch.zeros((_HIGH - _LOW) * _PER_OCTAVE, dtype=torch.float64))
     largest: float = 0.0
 
-    def add(self, x: Tensor, importance: Tensor) -> None:
+    def add(self, rows: Tensor, importance: Tensor) -> None:
         """Count the values of an activation.
 
         Args:
-            x: ``[..., K]`` float.
-            importance: ``[K]``, what an error of 1 in a channel costs.
+            rows: ``[T, K]`` fp32.
+            importance: ``[K]``, what an error of 1 in a channel costs in energy of the output.
         """
-        size = x.detach().abs().to(torch.float32)
+        size = rows.abs()
         self.largest = max(self.largest, float(size.max()))
         place = ((size.log2() - _LOW) * _PER_OCTAVE).clamp_(0, len(self.counts) - 1).to(torch.int64)
-        weights = importance.expand(size.shape).reshape(-1)
+        # Every token counts alike, whatever the size of its output.
+        weights = (output_energy(rows, importance).reciprocal().unsqueeze(1) * importance).reshape(-1)
         self.counts += torch.bincount(place.reshape(-1), weights, minlength=len(self.counts)).to(torch.float64)
 
     def scale(self) -> float:

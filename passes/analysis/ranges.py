@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from depthwire.passes._base import where
+from depthwire.passes._base import module_path, where
 from depthwire.passes.analysis.observe import observe
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def measure(program: Program, feeds: Sequence[Mapping[str, Tensor]], names: Cont
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
                 found[node.name] = max(found.get(node.name, 0.0), magnitude(tensor))
-                places.setdefault(node.name, where(node))
+                # A weight is named by the module that reads it.
+                at = node if module_path(node) else next(iter(node.users), node)
+                places.setdefault(node.name, where(at))
 
     for feed in feeds:
         observe(program, feed, look)

@@ -19,6 +19,7 @@ STAGES = {
     "export",
     "pass",
     "internal",
+    "quantize",
     "queries",
     "recipe",
     "remote",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from depthwire.passes._pipeline import Pipeline
-from depthwire.passes.analysis.quantization import QuantizationPlan, QuantizedWeight
+from depthwire.passes.analysis.quantization import QuantizationPlan, QuantizedWeight, calibrate
 from depthwire.passes.analysis.reads import find_reads, read_arguments
 from depthwire.passes.quantize_linear import DEQUANTIZE, QUANTIZE, QuantizeLinear
 from depthwire.passes.standard import canonical_pipeline
 from tests import routed_tiny
 from tests.export import tiny
 from tests.passes.parity import check_golden, error, named_nodes, run
-from tests.zoo import program_of
+from tests.zoo import Spec, captured, program_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,7 +202,7 @@ def kept(program: Program) -> dict[str, list[str]]:
     codes: dict[str, list[str]] = {}
     for decline in result.declines:
         codes.setdefault(decline.code.removeprefix("quantize-linear."), []).append(decline.got.split(" ")[0])
-    left = set(plan.weights) & set(result.program.exported.state_dict)
+    left = set(result.program.exported.state_dict)
     assert left >= {name for names in codes.values() for name in names}
     return codes | {"quantized": sorted(set(plan.weights) - left)}
 
@@ -247,3 +248,109 @@ def test_routers_and_priors_stay(options: dict[str, Any]) -> None:
     assert set(found.get("router", [])) == matrices
     assert len(found["quantized"]) == 4 * routed_tiny.LAYERS
     assert not parts & set(found["quantized"])
+
+
+def test_a_source_that_a_layer_reads_itself_is_not_rounded() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = (nn.Linear(8, 8, bias=False) for _ in range(3))
+            self.query = nn.Parameter(torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            update = self.first(x)
+            own = self.second(update.reshape(6, 8)).reshape(x.shape)  # through a view, the source itself
+            read = torch.ops.depthwire.attn_res_read(self.query, [x, update], 1e-6, 1.0)
+            out: Tensor = self.last(read + own).tanh()
+            return out
+
+    program = canonical_pipeline().run(program_of(Reader(), torch.randn(2, 3, 8)))
+    names = [f"{name}.weight" for name in ("first", "second", "last")]
+    plan = calibrate(program, [{program.input_names[0]: torch.randn(2, 3, 8)}], "int8")
+    assert [bool(plan.weights[name].reason) for name in names] == [True, True, False]
+    for given in (plan, planned(program, *names, activation=INPUT_SCALE)):
+        result = quantized(program, given)
+        (rounding,) = named_nodes(result.program, QUANTIZE)
+        assert "add" in str(rounding.args[0])
+        (read,) = (node for node, _ in find_reads(result.program.exported.graph))
+        assert [node.name for node in read_arguments(read)["sources"]] == [*program.input_names, "linear"]
+
+
+def test_the_router_of_experts_stays_and_so_do_the_experts() -> None:
+    _, program = captured(Spec(mlp="moe"), torch.float32)
+    found = kept(canonical_pipeline().run(program))
+    assert found["router"] == ["layers.0.mlp.gate.weight", "layers.1.mlp.gate.weight"]
+    assert found["experts"] == ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+    assert len(found["quantized"]) == 8
+
+
+def declined(module: nn.Module, plan: QuantizationPlan | None = None) -> list[str]:
+    program = canonical_pipeline().run(program_of(module, torch.randn(8, 8)))
+    result = QuantizeLinear(plan_of_all(program) if plan is None else plan).run(program)
+    assert (result.program is program) == (result.rewrites == 0)
+    return [decline.code for decline in result.declines]
+
+
+class Both(nn.Module):
+    """Products with one weight, chosen by a name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.inner.weight
+        if self.kind == "both axes":
+            return torch.tanh(torch.mm(functional.linear(x, w), w))
+        if self.kind == "a norm of it":
+            return torch.tanh(functional.linear(x, w)) * w.square().sum()
+        if self.kind == "both operands":
+            return torch.tanh(functional.linear(w, w))
+        return functional.linear(x, w).reshape(4, 16) if self.kind == "the output" else functional.linear(x, w).tanh()
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes"),
+    [("both axes", ["axis"]), ("a norm of it", ["shared"]), ("the output", ["head"]), ("both operands", [])],
+)
+def test_what_is_no_plain_linear_layer_is_left_alone(kind: str, codes: list[str]) -> None:
+    assert declined(Both(kind)) == [f"quantize-linear.{code}" for code in codes]
+
+
+def test_a_plan_of_another_model_is_declined() -> None:
+    assert declined(Both("plain"), QuantizationPlan("int8", {})) == ["quantize-linear.no-plan"]
+    program = canonical_pipeline().run(program_of(Both("plain"), torch.randn(8, 8)))
+    plan = planned(program, "inner.weight")
+    wrong = dataclasses.replace(plan.weights["inner.weight"], values=torch.zeros(8, 4, dtype=torch.int8))
+    other = dataclasses.replace(plan, weights={"inner.weight": wrong})
+    assert declined(Both("plain"), other) == ["quantize-linear.shape"]
+    assert QuantizeLinear(other).ensures(program) == []
+
+
+def test_blocks_that_do_not_divide_a_weight_are_declined_with_the_reason() -> None:
+    program = canonical_pipeline().run(program_of(Both("plain"), torch.randn(8, 8)))
+    plan = calibrate(program, [{program.input_names[0]: torch.randn(8, 8)}], "int4-weights", block_size=3)
+    result = QuantizeLinear(plan).run(program)
+    assert [decline.code for decline in result.declines] == ["quantize-linear.block"]
+    assert result.program is program
+
+
+def test_a_weight_that_stays_behind_breaks_the_promise() -> None:
+    program = canonical_pipeline().run(program_of(Both("plain"), torch.randn(8, 8)))
+    assert QuantizeLinear(planned(program, "inner.weight")).ensures(program) == [
+        "inner.weight is in the program as it was"
+    ]
+
+
+def test_one_plan_quantises_every_capacity_alike() -> None:
+    half, quarter = (routed_tiny.routed(capacity=(Fraction(1, share),), rule="top-k", margin=0) for share in (2, 4))
+    plan = calibrate(half, [{"input_ids": routed_tiny.ids()}], "int8")
+    states = []
+    for program in (half, quarter):
+        result = quantized(program, plan)
+        assert result.rewrites == len(plan.weights) == 4 * routed_tiny.LAYERS
+        states.append(result.program.exported.constants)
+    integers = [{name: tensor for name, tensor in state.items() if name.endswith(".int8")} for state in states]
+    assert integers[0].keys() == integers[1].keys()
+    assert all(integers[0][name] is integers[1][name] for name in integers[0])  # one copy in the file
+    assert len({name for state in states for name in state if name.endswith("input_scale")}) > 0

@@ -181,7 +181,7 @@ class KernelSpec:
         warps = min(16, max(1, block // (32 * each)))
         if self.kind == "inter" and block <= 8192:
             warps = min(8, warps)
-        warps = min(16, max(1, int(warps * self.warp_factor)))
+        warps = min(16, block // 32, max(1, int(warps * self.warp_factor)))
         if self.kind == "inter":
             return self._inter(block, warps)
         each = block // (32 * warps)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from depthwire._outdir import disk_full_as_error, require_space
@@ -24,7 +21,6 @@ def bundle(directory: Path, device: Target, out: Path | None, options: BundleOpt
 
     place = place_of(directory, device.name, out)
     check_bundle_out(place)
-    before = _manifest_of(place)
     with stages.stage("load", str(directory)) as stage:
         artifact = Artifact.load(directory)
         stage.bytes = sum(entry.bytes for entry in artifact.manifest.files.values())
@@ -36,7 +32,6 @@ def bundle(directory: Path, device: Target, out: Path | None, options: BundleOpt
         stage.detail = f"{device.name}, {info.bundle.form} form, {len(info.bundle.models)} engine(s) to build"
         for proxy in info.bundle.proxies:
             stage.note(f"{proxy.model}: {proxy.label}: {_outcome(proxy.passed)} ({proxy.detail})")
-    info = _as_before(artifact, before, info)
     _record(artifact, info)
     return info
 
@@ -50,46 +45,16 @@ def _outcome(passed: bool | None) -> str:  # noqa: FBT001 - the three values of 
     return "not run" if passed is None else "parsed" if passed else "REFUSED"
 
 
-def _manifest_of(place: Path) -> bytes:
-    from depthwire.runtime.deploy.manifest import BUNDLE
-
-    path = place / BUNDLE
-    return path.read_bytes() if path.is_file() else b""
-
-
-def _name(sha256: str) -> str:
-    from depthwire.runtime.device_result import BUNDLES
-
-    return f"{BUNDLES}/{sha256[:16]}.json"
-
-
-def _as_before(artifact: Artifact, before: bytes, info: BundleInfo) -> BundleInfo:
-    """Keep the identity of a bundle that differs from that before in nothing but the artefact's later history.
-
-    Listing a bundle in the artefact, or a result, changes its manifest, whose hash is in the bundle's. A device finds
-    finished engines, and a run that was interrupted, by the hash of the bundle's manifest.
-    """
-    sha256 = hashlib.sha256(before).hexdigest()
-    recorded = artifact.manifest.files.get(_name(sha256))
-    if recorded is None or recorded.sha256 != sha256:
-        return info
-    old = json.loads(before)
-    old["artifact"]["manifest_sha256"] = info.bundle.artifact.manifest_sha256
-    if old != json.loads(_manifest_of(info.root)):
-        return info
-    from depthwire.runtime.deploy.manifest import BUNDLE, Bundle, decode
-
-    (info.root / BUNDLE).write_bytes(before)
-    return dataclasses.replace(info, sha256=sha256, bundle=decode(Bundle, json.loads(before)))
-
-
 def _record(artifact: Artifact, info: BundleInfo) -> None:
     """Keep the bundle's manifest, so that a result can be told to belong to this artefact."""
-    name = _name(info.sha256)
+    from depthwire.runtime.deploy.manifest import BUNDLE
+    from depthwire.runtime.device_result import BUNDLES
+
+    name = f"{BUNDLES}/{info.sha256[:16]}.json"
     if name in artifact.manifest.files:
         return
     path = artifact.path(name)
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(_manifest_of(info.root))
+    path.write_bytes((info.root / BUNDLE).read_bytes())
     artifact.add_file(name)
     artifact.write_manifest()

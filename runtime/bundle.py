@@ -12,16 +12,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from depthwire.artifact import GOLDENS, MANIFEST, MODEL, WEIGHTS, sha256_file
-from depthwire.errors import ParityError, UsageError
-from depthwire.runtime import _bundle_goldens as goldens_
+from depthwire.artifact import GOLDENS, MODEL, WEIGHTS, sha256_file
+from depthwire.errors import UsageError
+from depthwire.runtime._bundle_folder import check_bundle_out, list_files, replace, temporary_sibling
+from depthwire.runtime._bundle_goldens import ONNX_RUNTIME, TORCH, TWIN, outputs_of, write_goldens
 from depthwire.runtime._bundle_graph import Graph, check_graph, expose_routing, graphs_of, write_plugin_form
 from depthwire.runtime._bundle_platform import (
     builder_options,
@@ -33,37 +31,31 @@ from depthwire.runtime._bundle_platform import (
 from depthwire.runtime._bundle_proxy import parse_as_proxy
 from depthwire.runtime._bundle_readme import readme
 from depthwire.runtime._bundle_script import write_script
-from depthwire.runtime._judge import output_kinds
 from depthwire.runtime._onnx_lower import lower
-from depthwire.runtime.deploy.judge import judge_window
 from depthwire.runtime.deploy.manifest import (
     BUNDLE,
     SCHEMA_VERSION,
     ArtifactId,
     Bundle,
-    FileEntry,
     LatencyProtocol,
     Model,
-    Output,
     Tensor,
     encode,
 )
-from depthwire.runtime.deploy.steps import describe
 from depthwire.runtime.footprint import own_precision, read_model
-from depthwire.runtime.tolerances import tolerance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from depthwire.artifact import Artifact
     from depthwire.runtime.footprint import Footprint
     from depthwire.runtime.target import Target
 
+__all__ = ["LATENCY_RUNS", "BundleInfo", "BundleOptions", "artifact_id", "check_bundle_out", "write_bundle"]
+
 LATENCY_RUNS = 200
 _WARMUP_RUNS, _WARMUP_SECONDS = 20, 1.0
-_WORK = "work"
-_NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +129,7 @@ def write_bundle(
     form = form_of(target, options.form, artifact.manifest.custom_ops)
     chosen = graphs_of(artifact, options.capacities)
     needs = [require_target(artifact.with_graph(graph.file), target) for graph in chosen]
-    with _temporary_sibling(out) as root:
+    with temporary_sibling(out) as root:
         # A copy, not a hard link: onnx.checker refuses weights that have two names, the artefact's own from then on.
         shutil.copyfile(artifact.path(WEIGHTS), root / WEIGHTS)
         models = []
@@ -171,9 +163,9 @@ def write_bundle(
         )
         (root / "README.md").write_text(readme(bundle), encoding="utf-8")
         say("hashes")
-        bundle.files.update(_entries(root))
+        bundle.files.update(list_files(root))
         (root / BUNDLE).write_text(encode(bundle), encoding="utf-8")
-        _replace(root, out)
+        replace(root, out)
     size = sum(entry.bytes for entry in bundle.files.values())
     return BundleInfo(out, sha256_file(out / BUNDLE), size, bundle)
 
@@ -182,34 +174,7 @@ def artifact_id(artifact: Artifact) -> ArtifactId:
     """Return what tells an artefact from every other: its graphs, weights and goldens, by hash."""
     lasting = {name: entry.sha256 for name, entry in artifact.manifest.files.items() if "/" not in name}
     files = {name: sha for name, sha in sorted(lasting.items()) if name.endswith((".onnx", ".data")) or name == GOLDENS}
-    return ArtifactId(sha256_file(artifact.root / MANIFEST), files)
-
-
-def check_bundle_out(out: Path) -> None:
-    """Refuse a directory that is neither new, nor empty, nor an earlier bundle.
-
-    Raises:
-        UsageError: ``bundle.output-exists``.
-    """
-    if not out.exists() and not out.is_symlink():
-        return
-    found = "a symbolic link" if out.is_symlink() else "a file" if not out.is_dir() else None
-    if found is None and any(out.iterdir()):
-        try:
-            raw = json.loads((out / BUNDLE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raw = None
-        if not (isinstance(raw, dict) and {"schema_version", "depthwire", "target"} <= set(raw)):
-            found = f"a directory without a {BUNDLE} of ours"
-    if found is not None:
-        raise UsageError(
-            "bundle.output-exists",
-            "The output exists and is not a bundle",
-            at=str(out),
-            want="a new or empty directory, or a bundle to replace",
-            got=found,
-            todo="Choose another directory with -o, or remove this one yourself.",
-        )
+    return ArtifactId(artifact.manifest.created, files)
 
 
 def _require_runs(runs: int) -> None:
@@ -259,7 +224,7 @@ def _write_model(place: _Place, graph: Graph, needs: Footprint) -> tuple[Model, 
         place.say(f"plugins of {graph.file}")
         plugins = write_plugin_form(lowered.model, root / graph.file, target)
     inputs = tuple(Tensor(info.name, tuple(info.shape), info.dtype) for info in artifact.manifest.inputs)
-    own = graph.file == MODEL
+    runtime = ONNX_RUNTIME if artifact.manifest.precision is None else TWIN
     place.say(f"goldens of {graph.file}")
     model = Model(
         file=graph.file,
@@ -268,73 +233,16 @@ def _write_model(place: _Place, graph: Graph, needs: Footprint) -> tuple[Model, 
         capacity=graph.capacity,
         opset=next(entry.version for entry in lowered.model.opset_import if entry.domain == ""),
         inputs=inputs,
-        outputs=_outputs(artifact),
+        outputs=outputs_of(artifact),
         routing=routing,
         windows=0,
         goldens=f"goldens/{stem}",
-        reference=goldens_.TORCH if own else goldens_.ONNX_RUNTIME,
-        routing_reference=goldens_.ONNX_RUNTIME if routing else "nothing is routed",
+        reference=TORCH if graph.file == MODEL else runtime,
+        routing_reference=runtime if routing else "nothing is routed",
         weight_bytes=needs.weight_bytes,
         predicted_bytes=needs.build_bytes,
     )
-    return _write_goldens(artifact, model, root, own=own), lowered.notes
-
-
-def _write_goldens(artifact: Artifact, model: Model, root: Path, *, own: bool) -> Model:
-    """Write the goldens, and prove on the way that the graph, as it travels, computes them."""
-    import dataclasses
-
-    runner = goldens_.Runner(root / model.file)
-    if runner.problem:
-        if not own:
-            raise _self_check(model, f"ONNX Runtime cannot run it: {runner.problem}")
-        why = f"not compared: ONNX Runtime cannot run the graph here ({runner.problem})"
-        model = dataclasses.replace(model, routing=(), routing_reference=why if model.routing else "nothing is routed")
-    names = [output.name for output in model.outputs]
-    extra = list(dict.fromkeys(name for unit in model.routing for name in (unit.index, unit.taken)))
-    every = list(goldens_.windows(artifact, own_graph=own))
-    writer = goldens_.Writer(root / model.goldens, len(every))
-    for window, (feed, known) in enumerate(every):
-        ran = {} if runner.problem else runner([*names, *extra], feed)
-        expected = {name: ran[name] for name in names} if known is None else known
-        selections = {name: ran[name] for name in extra}
-        writer.add("input", window, feed)
-        writer.add("output", window, {**expected, **selections})
-        if known is not None and not runner.problem:
-            verdict = judge_window(model, artifact.manifest.source.task, {**expected, **selections}, ran, feed)
-            if not verdict["passed"]:
-                raise _self_check(model, f"window {window}: {describe(verdict)}")
-    writer.close()
-    return dataclasses.replace(model, windows=len(every))
-
-
-def _self_check(model: Model, got: str) -> ParityError:
-    return ParityError(
-        "bundle.self-check",
-        "The graph, as it would travel, does not compute the goldens",
-        at=model.file,
-        want="outputs within the tolerances, in ONNX Runtime on this machine",
-        got=got,
-        todo="Verify the artefact ('depthwire verify'); if that passes, report this.",
-    )
-
-
-def _outputs(artifact: Artifact) -> tuple[Output, ...]:
-    kinds, causal = output_kinds(artifact.manifest), artifact.manifest.source.task == "causal-lm"
-    scored = causal and any(info.name == "input_ids" for info in artifact.manifest.inputs)
-    precision, outputs = artifact.manifest.precision, []
-    # Outputs stay float32; what was rounded inside the graph has the budgets of its dtype.
-    rest = "float32" if precision is None else _NUMPY[precision.rest]
-    for info in artifact.manifest.outputs:
-        kind = kinds[info.name]
-        computed = rest if info.dtype == "float32" else info.dtype
-        budget = tolerance(computed, kind)
-        nll = tolerance(computed, "nll").atol if scored and kind == "logits" else None
-        shape = tuple(info.shape)
-        outputs.append(
-            Output(info.name, shape, info.dtype, kind, computed, budget.rtol, budget.atol, budget.reason, nll)
-        )
-    return tuple(outputs)
+    return write_goldens(artifact, model, root), lowered.notes
 
 
 def _precision(artifact: Artifact) -> str:
@@ -345,37 +253,3 @@ def _precision(artifact: Artifact) -> str:
 def _disk(models: Sequence[Model]) -> int:
     # Engines are about as large as their weights; each is written beside the one it replaces; outputs are small.
     return sum(model.weight_bytes for model in models) * 2 + 256 * 2**20
-
-
-def _entries(root: Path) -> dict[str, FileEntry]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): FileEntry(path.stat().st_size, sha256_file(path)) for path in files}
-
-
-@contextlib.contextmanager
-def _temporary_sibling(out: Path) -> Iterator[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    root = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir()
-    try:
-        yield root
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _replace(root: Path, out: Path) -> None:
-    """Rename the finished directory into place; an old one is moved aside first, and its work directory is kept."""
-    if not out.exists():
-        root.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    out.rename(old)
-    try:
-        root.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    if (old / _WORK).is_dir():
-        (old / _WORK).rename(out / _WORK)
-    shutil.rmtree(old, ignore_errors=True)

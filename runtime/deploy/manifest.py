@@ -39,14 +39,14 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ArtifactId:
-    """The artefact that a bundle was made from.
+    """The artefact that a bundle was made from, by what no later verb changes.
 
     Attributes:
-        manifest_sha256: Of its ``manifest.json`` then; later verbs change that file.
-        files: SHA-256 of its graphs, weights and goldens, by name; they stay.
+        created: When it was converted.
+        files: SHA-256 of its graphs, weights and goldens, by name.
     """
 
-    manifest_sha256: str
+    created: str
     files: dict[str, str]
 
 

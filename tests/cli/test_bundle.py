@@ -17,7 +17,7 @@ import depthwire
 from depthwire.artifact import Artifact
 from depthwire.cli.main import main
 from depthwire.runtime.deploy.judge import judge_window
-from depthwire.runtime.deploy.manifest import SCRIPT, Bundle, read_bundle, sha256_file
+from depthwire.runtime.deploy.manifest import SCRIPT, read_bundle, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,6 +104,9 @@ def test_a_bundle_is_written_and_listed(converted: Path, tmp_path: Path, capsys:
     assert main(["bundle", str(out), "--target", "rtx", "-o", str(tmp_path / "rtx"), "--quiet"]) == 0
     rtx = onnx.load(str(tmp_path / "rtx" / "model.onnx"), load_external_data=False)
     assert {"RotaryEmbedding"} == {node.op_type for node in rtx.graph.node} & {"Attention", "RotaryEmbedding"}
+    # The same again is the same bundle, whatever the artefact has listed since.
+    again = main(["bundle", str(out), "--target", "jetson-agx-orin", "--json"])
+    assert (again, json.loads(capsys.readouterr().out)["sha256"]) == (0, document["sha256"])
     # Another JetPack is another bundle of the same board, and both are known.
     other = ["--jetpack", "7.2", "-o", str(tmp_path / "seven")]
     assert main(["bundle", str(out), "--target", "jetson-agx-orin", "--form", "function", *other]) == 0
@@ -270,5 +273,22 @@ def test_nothing_else_goes_with_a_result(out: Path, capsys: pytest.CaptureFixtur
     assert (document["error"], document["found"]) == ("verify.result-alone", "--windows, --goldens-only")
 
 
-def test_the_manifest_of_a_bundle_is_that_of_its_own_module(sent: tuple[Path, Path]) -> None:
-    assert isinstance(read_bundle(sent[1]), Bundle)
+def test_half_precision_travels_with_its_own_budgets(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The graph's dtypes, and the budgets of what was rounded; a twin shows that the rewriting is exact."""
+    out = tmp_path / "bf16"
+    depthwire.export(tiny, out, attn_res="full", seq_len=8, target="rtx", precision="bf16")
+    assert main(["bundle", str(out), "--target", "jetson-orin-nx", "-o", str(tmp_path / "b"), "--quiet"]) == 0
+    bundle = read_bundle(tmp_path / "b")
+    (model,) = bundle.models
+    (logits,) = model.outputs
+    assert (bundle.precision, logits.dtype, logits.computed, logits.rtol) == ("bf16", "float32", "bfloat16", 4.5e-2)
+    proto = onnx.load(str(tmp_path / "b" / "model.onnx"), load_external_data=False)
+    assert onnx.TensorProto.BFLOAT16 in {tensor.data_type for tensor in proto.graph.initializer}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "bf16"]
+    # Outputs that numpy has no dtype for cannot be compared on the device.
+    depthwire.export(tiny, tmp_path / "cast", seq_len=8, target="rtx", dtype="bf16")
+    capsys.readouterr()
+    assert main(["bundle", str(tmp_path / "cast"), "--target", "h100", "-o", str(tmp_path / "c"), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "bundle.interface-dtype"

@@ -35,7 +35,7 @@ def test_every_verb_and_option_is_described(verb: str) -> None:
 
 
 def test_every_recipe_key_is_described_with_its_option() -> None:
-    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| ([^|]*)\|", RECIPE, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([a-z0-9_.]+)` \| ([^|]*)\|", RECIPE, flags=re.MULTILINE))
     assert set(rows) == {".".join(map(str, key)) for key in OPTIONS.values()}
     flags = {parameter.name: parameter.opts for parameter in _command("convert").params}
     for name, key in OPTIONS.items():

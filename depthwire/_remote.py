@@ -111,12 +111,16 @@ def run_on_device(
     judged = None
     if RESULT in remote.files:
         judged = verify_result(directory, out / RESULT, stages=stages)
-        _check_engines(judged, remote)
+        check_engines(judged, remote)
     return DeviceRun(info, remote, judged)
 
 
-def _check_engines(judged: Judged, remote: RemoteResult) -> None:
-    """Refuse an engine that is not the one the result speaks of."""
+def check_engines(judged: Judged, remote: RemoteResult) -> None:
+    """Refuse an engine that is not the one the result speaks of.
+
+    Raises:
+        RemoteError: ``remote.engine``.
+    """
     for row in judged.result.builds:
         fetched = remote.files.get(row.engine)
         if row.problem is None and (fetched is None or fetched.sha256 != row.sha256):

@@ -9,12 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from depthwire._remote import check_engines
+from depthwire.api import verify_result
 from depthwire.artifact import Artifact
 from depthwire.cli.main import main
+from depthwire.errors import RemoteError
+from depthwire.runtime._remote_files import File
+from depthwire.runtime.remote import RemoteResult
 from tests.routed_tiny import write_routed
 from tests.runtime.deploy.device import make_python
 from tests.runtime.sshd import serve
@@ -80,6 +86,12 @@ def test_a_bundle_is_built_on_a_device_and_its_result_kept(
         path.name for path in out.iterdir()
     }
     assert "engine/rtx/result.json" in Artifact.load(artifact).manifest.files
+    judged = verify_result(artifact, out / "result.json")
+    another = {built["engine"]: File(built["bytes"], "0" * 64)}
+    remote = RemoteResult(9, "device", another, out, None, 0, 0, 0, resumed=False, tail="")
+    with pytest.raises(RemoteError, match="not the one that the result speaks of"):
+        check_engines(judged, remote)
+    check_engines(judged, replace(remote, files={built["engine"]: File(built["bytes"], built["sha256"])}))
 
 
 def test_an_interrupted_run_is_taken_up_by_the_same_command(
@@ -126,6 +138,19 @@ def test_a_device_that_fails_a_check_keeps_the_bundle(
     assert (there / "bundle" / "model.onnx").is_file()
     assert main(command(artifact, server, bare / "bin" / "python", there, "--cancel")) == 0
     assert not there.exists()
+
+
+def test_a_script_that_crashes(
+    artifact: Path, server: Server, device_python: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its interpreter ends it before it begins: an exit code that is none of its own, and no result."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nprint('no, thank you', flush=True)\nos._exit(3)\n")
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {device_python} "$@"\n')
+    python.chmod(0o755)
+    assert main(command(artifact, server, python, tmp_path / "there", "--json")) == 10
+    found = document(capsys)
+    assert (found["error"], found["found"]) == ("remote.script", "no, thank you")
 
 
 def test_errors_end_with_their_own_exit_codes(

@@ -28,6 +28,8 @@ starts = len((work / "starts").read_text())
 for step in range(plan["steps"]):
     print("step", step, flush=True)
     time.sleep(plan["seconds"])
+    if (work / "enough").exists():
+        break
 if starts <= plan["kills"]:
     print("about to be killed", flush=True)
     os.kill(os.getpid(), 9)

@@ -127,14 +127,20 @@ def serve(folder: Path) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (folder / "config").write_text(CONFIG.format(port=port, folder=folder))
+    sshd = Path(FOUND.read_text().strip())
+    config = CONFIG.format(port=port, folder=folder)
+    # From OpenSSH 9.8 on the server is several programs, which a fetched one looks for where it would be installed.
+    for name, key in (("sshd-session", "SshdSessionPath"), ("sshd-auth", "SshdAuthPath")):
+        part = sshd.parents[1] / "lib" / "openssh" / name
+        config += f"{key} {part}\n" if part.is_file() else ""
+    (folder / "config").write_text(config)
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     (folder / "passwd").write_text(
         Path("/etc/passwd").read_text() + f"sshd:x:65534:65534::{PRIVILEGE_SEPARATION}:/bin/false\n"
     )
     if os.getuid() == 0:
         PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
-    server = Server(Path(FOUND.read_text().strip()), folder, port)
+    server = Server(sshd, folder, port)
     server.start()
     try:
         yield server

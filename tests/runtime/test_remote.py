@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from depthwire.errors import DepthwireError, RemoteError, UsageError
+from depthwire.runtime import _remote_agent
 from depthwire.runtime._remote_files import read_bundle
 from depthwire.runtime.remote import Patience, RemoteResult, cancel, default_folder, drive, parse_device
 from depthwire.stages import Stages
@@ -199,7 +201,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, server: Server, 
 
 
 def test_an_interrupt_leaves_the_build_running(tmp_path: Path, device: Device, there: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle", steps=8, seconds=0.2)
+    bundle = make_bundle(tmp_path / "bundle", steps=1000, seconds=0.2)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -209,6 +211,7 @@ def test_an_interrupt_leaves_the_build_running(tmp_path: Path, device: Device, t
         run(bundle, device, there, stopped)
     assert "the same command takes it up again" in stopped.notes[-1]
     refusal("remote.busy", lambda: run(bundle, device, there, arguments=("--skip-latency",)))
+    (there / "work" / "enough").touch()
     found = run(bundle, device, there)
     assert (found.resumed, result(found.out)["starts"]) == (True, 1)
 
@@ -246,7 +249,7 @@ def test_a_script_that_is_killed(tmp_path: Path, device: Device, there: Path) ->
 
 
 def test_a_supervisor_that_is_killed_with_its_script(tmp_path: Path, device: Device, there: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle", steps=20, seconds=0.2)
+    bundle = make_bundle(tmp_path / "bundle", steps=1000, seconds=0.2)
 
     def kill() -> None:
         os.killpg(json.loads((there / "run" / "run.json").read_text())["group"], signal.SIGKILL)
@@ -257,13 +260,14 @@ def test_a_supervisor_that_is_killed_with_its_script(tmp_path: Path, device: Dev
 
 def test_a_device_that_restarts(tmp_path: Path, server: Server, device: Device, there: Path) -> None:
     """The processes are gone, and the device says that it was booted since: the build is started again."""
-    bundle = make_bundle(tmp_path / "bundle", steps=4, seconds=0.2)
+    bundle = make_bundle(tmp_path / "bundle", steps=1000, seconds=0.2)
 
     def reboot() -> None:
         path = there / "run" / "run.json"
         record = json.loads(path.read_text())
         os.killpg(record["group"], signal.SIGKILL)
         path.write_text(json.dumps({**record, "boot": "before"}))
+        (there / "work" / "enough").touch()
         server.cut()
 
     once = Once("device", reboot, text="step 1")
@@ -366,6 +370,17 @@ def test_connections_that_are_refused(tmp_path: Path, server: Server, device: De
     assert not there.exists()
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path, device: Device) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    assert "/proc/depthwire" in str(refusal("remote.system", lambda: run(bundle, device, Path("/proc/depthwire"))).got)
+
+
+def test_a_machine_without_ssh(tmp_path: Path, device: Device, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bundle = make_bundle(tmp_path / "bundle")
+    refusal("remote.no-ssh", lambda: run(bundle, device, there))
+
+
 def test_an_old_python_is_refused(tmp_path: Path, device: Device, there: Path) -> None:
     """An interpreter that says it is 3.8: the same one, with another version."""
     old = tmp_path / "python3.8"
@@ -374,6 +389,7 @@ def test_an_old_python_is_refused(tmp_path: Path, device: Device, there: Path) -
     bundle = make_bundle(tmp_path / "bundle")
     error = refusal("remote.no-python", lambda: run(bundle, replace(device, python=str(old)), there))
     assert error.got == "Python 3.8.10"
+    ast.parse(Path(_remote_agent.__file__).read_text(), feature_version=(3, 8))  # it can say so
 
 
 @pytest.mark.parametrize(

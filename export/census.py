@@ -91,13 +91,12 @@ def check_scales(model: ir.Model, program: Program) -> None:
         )
 
 
-def embedding_tables(model: ir.Model) -> set[str]:
-    """Return the names of the weights that are gathered from by row: what tokens index."""
-    return {
-        str(node.inputs[0].name)
-        for node in model.graph
-        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer()
-    }
+def weight_sizes(model: ir.Model) -> tuple[int, int]:
+    """Return the stored bytes of the weights, embeddings apart: (all others, what is gathered from by row)."""
+    tables = {node.inputs[0] for node in model.graph if node.op_type == "Gather" and node.domain == ""}
+    sizes = {v: v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None}
+    embedding = sum(size for value, size in sizes.items() if value in tables)
+    return sum(sizes.values()) - embedding, embedding
 
 
 def _untyped(model: ir.Model) -> list[str]:

@@ -28,7 +28,7 @@ from depthwire.errors import ExportError
 from depthwire.export._external_data import inline_small, write_external_data
 from depthwire.export._route_inputs import STATES_OUT
 from depthwire.export._route_manifest import RoutedGraphs, route_info, tensor_info
-from depthwire.export.census import census, check_census, check_scales, embedding_tables
+from depthwire.export.census import census, check_census, check_scales, weight_sizes
 from depthwire.export.ops import DOMAIN
 
 if TYPE_CHECKING:
@@ -104,10 +104,8 @@ def _counted(precision: PrecisionInfo, graphs: Mapping[str, ir.Model], program: 
         check_census(model, asked=precision.asked, rest=precision.rest, wide_products=wide)
     model = graphs[MODEL]
     check_scales(model, program)
-    tables = embedding_tables(model)
-    sizes = {name: v.const_value.nbytes for name, v in model.graph.initializers.items() if v.const_value is not None}
-    embedding = sum(size for name, size in sizes.items() if name in tables)
-    filled = {"census": census(model), "embedding_bytes": embedding, "weight_bytes": sum(sizes.values()) - embedding}
+    weights, embedding = weight_sizes(model)
+    filled = {"census": census(model), "weight_bytes": weights, "embedding_bytes": embedding}
     return precision.model_copy(update=filled)
 
 

@@ -41,8 +41,9 @@ def test_the_listing_for_type_checkers_is_the_real_one() -> None:
 
 def test_every_verb_is_a_function_and_the_other_way_round() -> None:
     functions = {name for name in api.__all__ if inspect.isfunction(getattr(api, name))}
-    # ``capture`` has no artefact of its own to write, ``dry_run`` is ``convert --dry-run``.
-    assert functions == set(VERBS) | {"capture", "dry_run"}
+    # ``capture`` has no artefact of its own to write, ``dry_run`` is ``convert --dry-run``, ``verify_result`` is
+    # ``verify --result``.
+    assert functions == set(VERBS) | {"capture", "dry_run", "verify_result"}
     for name in functions:
         assert callable(getattr(depthwire, name))
         assert inspect.getdoc(getattr(api, name))

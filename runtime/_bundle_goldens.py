@@ -16,7 +16,7 @@ from depthwire.runtime.deploy.judge import judge_window
 from depthwire.runtime.deploy.manifest import Model, Output
 from depthwire.runtime.deploy.steps import describe
 from depthwire.runtime.onnxruntime import CPU
-from depthwire.runtime.tolerances import QUANTIZED, EXACT_DTYPES, FLOAT_DTYPES, tolerance
+from depthwire.runtime.tolerances import EXACT_DTYPES, FLOAT_DTYPES, QUANTIZED, tolerance
 from depthwire.runtime.twin import multiply_out, twin_of, widen
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from depthwire.runtime._batch_profile import open_batch
 from depthwire.runtime._build_process import BuildRequest, spawn
 from depthwire.runtime._onnx_graph import read_graph
 from depthwire.runtime.target import load_target
@@ -111,22 +112,30 @@ def transformer(folder: Path, precision: str, layers: int, width: int) -> Path:
     return graph.save(folder, op("MatMul", x, graph.weight(width, VOCABULARY)), VOCABULARY)
 
 
-def measure(precision: str, layers: int, width: int) -> dict[str, object]:
-    """Build once and return what it took."""
+def measure(precision: str, layers: int, width: int, max_batch: int | None) -> dict[str, object]:
+    """Build once and return what it took; with ``max_batch`` for every batch up to it."""
     memory = load_target("rtx").memory
     if memory is None:
         raise SystemExit("the target has no memory model")
     with tempfile.TemporaryDirectory() as folder:
         model = transformer(Path(folder), precision, layers, width)
         facts = read_graph(model)
+        profile = {}
+        if max_batch is not None:
+            opened = open_batch(model)
+            profile = opened.profile(max_batch)
+            model.write_bytes(opened.model.SerializeToString())
         log = Path(folder, "log")
-        request = BuildRequest(str(model), str(Path(folder, "engine")), ("SM86",))
+        request = BuildRequest(str(model), str(Path(folder, "engine")), ("SM86",), profile=profile)
         result = spawn(request, log=log, kept_log=log, estimated_seconds=1.0)
-    predicted = memory.predict(weight_bytes=facts.weight_bytes, products=facts.products, nodes=facts.nodes)
+    predicted = memory.predict(
+        weight_bytes=facts.weight_bytes, products=facts.products, nodes=facts.nodes, open_sizes=max_batch is not None
+    )
     return {
         "precision": precision,
         "layers": layers,
         "width": width,
+        "max_batch": max_batch,
         "nodes": facts.nodes,
         "products": facts.products,
         "weights": facts.weight_bytes,
@@ -144,9 +153,10 @@ def main() -> None:
     parser.add_argument("precisions", nargs="*", default=PRECISIONS, help=", ".join(PRECISIONS))
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--max-batch", type=int)
     arguments = parser.parse_args()
     for precision in arguments.precisions:
-        print(json.dumps(measure(precision, arguments.layers, arguments.width)), flush=True)
+        print(json.dumps(measure(precision, arguments.layers, arguments.width, arguments.max_batch)), flush=True)
 
 
 if __name__ == "__main__":

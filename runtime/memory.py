@@ -5,11 +5,12 @@ kills the process without a word. So the peak is predicted first::
 
     predicted = margin * (base + per_weight_byte * weight_bytes + per_product * products + per_node * nodes)
 
-``nodes`` counts the ONNX nodes with every function body expanded, ``products`` the matrix products outside function
-bodies (each becomes a kernel, whereas element-wise nodes share one). The coefficients of ``targets/rtx.toml`` are
-fitted, by least squares of the relative error, to TensorRT-RTX 1.7.1.116 building transformers with no GPU on Linux
-x86-64: RMSNorm, attention, SwiGLU, random weights, length 128; "reads" are AttnRes reads as function bodies over all
-earlier sublayers. Peak resident set of the building process (``VmHWM``) in MiB:
+and ``per_open_node * nodes`` more inside the brackets where a size of the graph is open. ``nodes`` counts the ONNX
+nodes with every function body expanded, ``products`` the matrix products outside function bodies (each becomes a
+kernel, whereas element-wise nodes share one). The coefficients of ``targets/rtx.toml`` are fitted, by least squares of
+the relative error, to TensorRT-RTX 1.7.1.116 building transformers with no GPU on Linux x86-64: RMSNorm, attention,
+SwiGLU, random weights, length 128; "reads" are AttnRes reads as function bodies over all earlier sublayers. Peak
+resident set of the building process (``VmHWM``) in MiB:
 
 ======================================  =====  ========  ========  ===============  ======  =====
 model (float32 unless said)             nodes  products   weights  peak, 1/2/3 GPUs  fitted  ratio
@@ -35,9 +36,14 @@ the same, float16                           326       109     262.9             
 the same, bfloat16                          326       109     262.9             1057    1065   1.01
 the same, int8 (Q/DQ), rest float16         506       109     155.2              742     762   1.03
 the same, int4 weights, rest float16        410       109     107.7              608     614   1.01
+SmolLM2-135M, 8 blocks, 128, batch 1-4     2831       271     513.4             2388    2314   0.97
+the same, float16                          3648       271     256.8             1663    1682   1.01
+the same, bfloat16                         3648       271     256.8             1599    1682   1.05
 ======================================  =====  ========  ========  ===============  ======  =====
 
-The last five rows are no part of the fit, which serves narrow dtypes as it is: ``python -m benchmarks.build_memory``.
+The last rows are no part of the fit, which serves narrow dtypes as it is (``python -m benchmarks.build_memory``). Where
+a size is open (``--max-batch``), each node costs ``per_open_node`` more: without it the ratios of the last three rows
+would be 0.84 to 0.88.
 The number of GPUs compiled for and the optimisation level make no difference. The worst measurement lies 7 % above the
 line and repeated runs differ by up to 9 %, so the margin is 15 %. About a quarter of the peak is the mapped weights
 file, which the kernel can drop: the prediction is on the safe side.
@@ -75,6 +81,7 @@ class MemoryModel(BaseModel):
         bytes_per_weight_byte: Factor on the bytes of all initialisers.
         bytes_per_product: Bytes for each matrix product outside function bodies.
         bytes_per_node: Bytes for each ONNX node, function bodies expanded.
+        bytes_per_open_node: Further bytes for each of them where a size of the graph is open.
         margin: Factor that covers what the line does not.
     """
 
@@ -84,15 +91,23 @@ class MemoryModel(BaseModel):
     bytes_per_weight_byte: float = Field(gt=0)
     bytes_per_product: int = Field(ge=0)
     bytes_per_node: int = Field(ge=0)
+    bytes_per_open_node: int = Field(default=0, ge=0)
     margin: float = Field(ge=1)
 
-    def predict(self, *, weight_bytes: int, products: int, nodes: int) -> int:
-        """Return the predicted peak resident set of the builder in bytes, margin included."""
+    def predict(self, *, weight_bytes: int, products: int, nodes: int, open_sizes: bool = False) -> int:
+        """Return the predicted peak resident set of the builder in bytes, margin included.
+
+        Args:
+            weight_bytes: Of all initialisers.
+            products: Matrix products outside function bodies.
+            nodes: ONNX nodes, function bodies expanded.
+            open_sizes: Whether a size of the graph is open, such as the batch.
+        """
         fitted = (
             self.base_bytes
             + self.bytes_per_weight_byte * weight_bytes
             + self.bytes_per_product * products
-            + self.bytes_per_node * nodes
+            + (self.bytes_per_node + self.bytes_per_open_node * open_sizes) * nodes
         )
         return round(self.margin * fitted)
 

@@ -92,7 +92,12 @@ def build(
     refuse_wide_selections(artifact.model)
     predicted = None
     if target.memory is not None:
-        predicted = target.memory.predict(weight_bytes=facts.weight_bytes, products=facts.products, nodes=facts.nodes)
+        predicted = target.memory.predict(
+            weight_bytes=facts.weight_bytes,
+            products=facts.products,
+            nodes=facts.nodes,
+            open_sizes=max_batch is not None or all_capacities,
+        )
         if check_memory:
             require_memory(predicted, weight_bytes=facts.weight_bytes, at=str(artifact.model))
 

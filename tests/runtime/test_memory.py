@@ -98,6 +98,10 @@ def test_available_is_no_more_than_the_machine_has() -> None:
 def test_prediction_is_the_stated_formula() -> None:
     model = MemoryModel(base_bytes=1000, bytes_per_weight_byte=3.0, bytes_per_product=5, bytes_per_node=10, margin=1.5)
     assert model.predict(weight_bytes=200, products=4, nodes=7) == round(1.5 * (1000 + 600 + 20 + 70))
+    dearer = model.model_copy(update={"bytes_per_open_node": 100})
+    assert dearer.predict(weight_bytes=200, products=4, nodes=7) == round(1.5 * (1000 + 600 + 20 + 70))
+    opened = dearer.predict(weight_bytes=200, products=4, nodes=7, open_sizes=True)
+    assert opened == round(1.5 * (1000 + 600 + 20 + 70 + 700))
 
 
 def test_what_fits_passes_and_what_does_not_is_refused_with_numbers() -> None:

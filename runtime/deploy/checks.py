@@ -102,7 +102,8 @@ def _tensorrt(bundle: Bundle, device: Device) -> Check:
     platform = bundle.platform
     text = f"{platform.package} {platform.tensorrt_at_least} or later, below {platform.tensorrt_below}"
     if device.tensorrt is None:
-        todo = f"Install {platform.package.replace('_', '-')}: JetPack brings tensorrt; use its own python3."
+        jetson = "Use the python3 that JetPack installed tensorrt for: /usr/bin/python3."
+        todo = jetson if platform.l4t else f"python3 -m pip install {platform.package.replace('_', '-')}"
         return Check("TensorRT", passed=False, want=text, got=device.no_tensorrt, todo=todo)
     found = version(device.tensorrt)
     passed = version(platform.tensorrt_at_least) <= found < version(platform.tensorrt_below)
@@ -144,7 +145,9 @@ def _free_memory(bundle: Bundle, device: Device, pending: set[str]) -> Check:
     predicted = [model.predicted_bytes for model in bundle.models if model.file in pending and model.predicted_bytes]
     floor = bundle.builder.floor_bytes
     if device.memory is None:
-        return Check(name, passed=False, want="/proc/meminfo", got="cannot be read", todo="Run this on Linux.")
+        return Check(
+            name, passed=False, want="/proc/meminfo", got="cannot be read", todo="Run this on Linux or Windows."
+        )
     if not pending:
         text = "nothing: every engine is built"
         return Check(name, passed=True, want=text, got=_size(device.memory.available))

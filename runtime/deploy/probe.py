@@ -131,7 +131,9 @@ def read_l4t(root: Path) -> str | None:
 
 
 def read_memory(root: Path) -> Memory | None:
-    """Return the machine's memory now."""
+    """Return the machine's memory now, ``None`` where the system does not tell it."""
+    if sys.platform == "win32":
+        return _windows_memory()
     text = _text(root / MEMORY)
     if text is None:
         return None
@@ -144,17 +146,34 @@ def read_memory(root: Path) -> Memory | None:
     return Memory(total * 1024, available * 1024, swap * 1024, zram * 1024)
 
 
+def _windows_memory() -> Memory | None:
+    """Return the machine's memory from ``GlobalMemoryStatusEx``; not run: Depthwire's tests have no Windows."""
+    import ctypes
+
+    # MEMORYSTATUSEX of sysinfoapi.h: two DWORDs, then seven DWORDLONGs.
+    names = ("total", "available", "total_page", "available_page", "total_virtual", "available_virtual", "extended")
+    fields = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong), *((name, ctypes.c_uint64) for name in names)]
+    status = type("MemoryStatus", (ctypes.Structure,), {"_fields_": fields})()
+    status.length = ctypes.sizeof(status)
+    kernel = getattr(ctypes, "windll", None)
+    if kernel is None or not kernel.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    # The page file backs what is committed; what is free of it beyond memory is swap on disk.
+    return Memory(status.total, status.available, max(status.available_page - status.available, 0), 0)
+
+
 def read_power(root: Path) -> dict[str, str]:
     """Return what the system's own tools say of power mode and clocks, by command; empty where none is there."""
     commands = {
-        "nvpmodel -q": ("usr/sbin/nvpmodel", ("-q",)),
-        "jetson_clocks --show": ("usr/bin/jetson_clocks", ("--show",)),
-        "nvidia-smi": ("usr/bin/nvidia-smi", (f"--query-gpu={_SMI_FIELDS}", "--format=csv")),
+        "nvpmodel -q": ("nvpmodel", "-q"),
+        "jetson_clocks --show": ("jetson_clocks", "--show"),
+        "nvidia-smi": ("nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv"),
     }
     found = {}
-    for name, (path, arguments) in commands.items():
-        program = root / path
-        if not os.access(program, os.X_OK):
+    for name, (command, *arguments) in commands.items():
+        places = (root / folder / command for folder in ("usr/bin", "usr/sbin"))
+        program = next((place for place in places if os.access(place, os.X_OK)), None)
+        if program is None:
             continue
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             # Root may be needed for jetson_clocks: what it says then is recorded as it is.

@@ -138,11 +138,17 @@ def _fold_integers(model: ModelProto) -> ModelProto:
 
     integers = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
     folded = ir.from_proto(model)
+    types = {value.name: value.type for node in folded.graph for value in node.outputs if value.type is not None}
     optimizer.fold_constants(
         folded,
         onnx_shape_inference=True,
         should_fold=lambda node: all(output.dtype in integers for output in node.outputs),
     )
+    # Of an operator of ours whose schema is registered, as after an export in this process, onnx infers a shape and no
+    # type, and forgets the one that was known.
+    for value in (output for node in folded.graph for output in node.outputs):
+        if value.type is None:
+            value.type = types.get(value.name)
     RemoveUnusedOpsetsPass()(folded)
     return ir.to_proto(folded)
 

@@ -5,9 +5,10 @@ A process of its own, because triton decides at import whether kernels are compi
     TRITON_INTERPRET=1 python -m tests.runtime.triton.interpret_plugins table
     TRITON_INTERPRET=1 python -m tests.runtime.triton.interpret_plugins model.onnx plugins goldens.safetensors
 
-``table`` takes the shared case tables. With a model, the folder of its plugins and its goldens, the graph is evaluated
-on the goldens' inputs with a launch in place of every custom operator, for the model's own shapes; ``every=N`` launches
-every N-th node of a name only. The last lines compare the graph's outputs with the goldens'.
+``table`` takes the shared case tables. With a model, the folder of its plugins and its goldens (an artefact's file or a
+bundle's folder ``goldens/model``), the graph is evaluated on the goldens' inputs with a launch in place of every custom
+operator, for the model's own shapes; ``every=N`` launches every N-th node of a name only. The last lines compare the
+outputs of the graph with the goldens.
 """
 
 from __future__ import annotations
@@ -193,7 +194,6 @@ def model_nodes(model: Path, folder: Path, goldens: Path, every: int = 1) -> Ite
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.op_run import OpRun
-    from safetensors.torch import load_file
 
     index = read_index(folder)
     loaded = onnx.load(str(model))
@@ -231,16 +231,26 @@ def model_nodes(model: Path, folder: Path, goldens: Path, every: int = 1) -> Ite
             return computed(self.onnx_node, arrays)
 
     kinds = [type(name, (Launched,), {}) for name in sorted({each.op_type for each in operators.values()})]
-    tensors = {name: tensor[0] for name, tensor in load_file(str(goldens)).items()}
+    tensors = read_goldens(goldens)
     given = {item.name: to_numpy(tensors[f"input.{item.name}"]) for item in loaded.graph.input}
     found = ReferenceEvaluator(loaded, new_ops=kinds).run(None, given)
     yield from results
     for item, array in zip(loaded.graph.output, found, strict=True):
         wanted = tensors[f"output.{item.name}"]
-        budget = tolerance(str(wanted.dtype).removeprefix("torch."), "logits")
+        kind = "logits" if wanted.dtype.is_floating_point else "integer"
+        budget = tolerance(str(wanted.dtype).removeprefix("torch."), kind)
         allowance = budget.allowed(float(wanted.double().abs().max()))
         error = difference(to_torch(array).double(), wanted.double())
         yield f"golden {item.name}", {"error": error, "allowed": allowance}
+
+
+def read_goldens(path: Path) -> dict[str, Tensor]:
+    """Return the first window of an artefact's goldens, a file, or of a bundle's, a folder of arrays."""
+    if path.is_dir():
+        return {each.stem: to_torch(np.load(each)[0]) for each in sorted(path.glob("*.npy"))}
+    from safetensors.torch import load_file
+
+    return {name: tensor[0] for name, tensor in load_file(str(path)).items()}
 
 
 def to_torch(array: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -78,34 +79,39 @@ def test_a_window_that_is_a_token_too_long_is_found_out() -> None:
     assert sorted(failures(wrong)) == sorted(wrong)
 
 
-@functools.cache
 def converted(name: str, length: int, out: Path) -> Path:
-    """Convert a small trained model and write its plugins."""
+    """Convert a small trained model."""
     options: dict[str, Any] = {"dtype": "fp32", "seq_len": length, "windows": 1, "text": DATA / "sotu-2000.txt"}
     depthwire.convert(DATA / name, out, verify=False, build=False, **options)
-    write_plugins(out / "model.onnx", "SM87", out / "plugins", tensorrt="10.13")
     return out
 
 
 @pytest.fixture(scope="module")
-def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted("routed_small/subjective_depth", 64, tmp_path_factory.mktemp("routed") / "out")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """The graph, plugins and goldens of a bundle for Jetson Thor."""
+    folder = tmp_path_factory.mktemp("routed")
+    artefact = converted("routed_small/subjective_depth", 64, folder / "out")
+    depthwire.bundle(artefact, target="jetson-thor-t5000", form="plugin", out=folder / "bundle")
+    bundle = folder / "bundle"
+    return bundle / "model.onnx", bundle / "plugins" / "model", bundle / "goldens" / "model"
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted("attn_res_small", 8, tmp_path_factory.mktemp("read") / "out")
+def read(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Those of an artefact."""
+    artefact = converted("attn_res_small", 8, tmp_path_factory.mktemp("read") / "out")
+    write_plugins(artefact / "model.onnx", "SM87", artefact / "plugins", tensorrt="10.13")
+    return artefact / "model.onnx", artefact / "plugins", artefact / "goldens.safetensors"
 
 
-@pytest.mark.parametrize(("kind", "launches"), [("routed", 18), ("read", 16)])
+@pytest.mark.parametrize(("kind", "launches", "outputs"), [("routed", 18, 7), ("read", 16, 1)])
 def test_a_model_with_its_plugins_reproduces_its_goldens(
-    kind: str, launches: int, request: pytest.FixtureRequest
+    kind: str, launches: int, outputs: int, request: pytest.FixtureRequest
 ) -> None:
-    folder: Path = request.getfixturevalue(kind)
-    found = interpreted(folder / "model.onnx", folder / "plugins", folder / "goldens.safetensors")
-    golden = {name: each for name, each in found.items() if name.startswith("golden ")}
-    assert len(golden) == 1
-    assert len(found) == launches + 1
+    found = interpreted(*request.getfixturevalue(kind))
+    # A routed bundle's outputs are the logits, and the tokens that each routed block took.
+    assert sum(name.startswith("golden ") for name in found) == outputs
+    assert len(found) == launches + outputs
     assert failures(found) == []
 
 
@@ -121,15 +127,15 @@ def break_argument(index: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("sabotage", "wrong"), [(break_grid, "GatherTokens"), (break_argument, "SelectTokens")])
-def test_wrong_launch_parameters_are_found_out(sabotage: Any, wrong: str, routed: Path, tmp_path: Path) -> None:
+def test_wrong_launch_parameters_are_found_out(
+    sabotage: Any, wrong: str, routed: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    model, shipped, goldens = routed
     plugins = tmp_path / "plugins"
-    plugins.mkdir()
-    for path in (routed / "plugins").iterdir():
-        os.link(path, plugins / path.name)
+    shutil.copytree(shipped, plugins)
     index = json.loads((plugins / INDEX).read_text())
     sabotage(index)
-    (plugins / INDEX).unlink()
     (plugins / INDEX).write_text(json.dumps(index))
-    failed = failures(interpreted(routed / "model.onnx", plugins, routed / "goldens.safetensors"))
+    failed = failures(interpreted(model, plugins, goldens))
     assert any(name.startswith(wrong) for name in failed)
     assert any(name.startswith("golden") for name in failed)

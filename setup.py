@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-KERNELS = Path(__file__).resolve().parent / "runtime/native/lib/libdepthwire_ort.so"
+KERNELS = Path(__file__).resolve().parent / "depthwire/runtime/native/lib/libdepthwire_ort.so"
 
 
 class WithKernels(Distribution):

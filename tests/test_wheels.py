@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,10 +20,11 @@ from packaging.utils import parse_wheel_filename
 
 from tests.cli.models import save_tiny_llama
 from tests.conftest import ROOT
-from tools.build_wheels import LIBRARY, Needs, build_wheel, needs_of, sources
+from tools.build_wheels import LIBRARY, Needs, build_wheel, needs_of, pack, sources, stage
 
 HERE = ROOT / "runtime/native/lib/libdepthwire_ort.so"
 ELSEWHERE = ROOT / ".cache/native/aarch64/libdepthwire_ort.so"
+WHEELS = ROOT / ".cache/native/wheel-x86_64/libdepthwire_ort.so"
 PACKAGES = ("passes/", "export/", "runtime/", "models/", "depthwire/")
 
 needs_library = pytest.mark.skipif(not HERE.is_file(), reason="not built: make native")
@@ -89,6 +92,19 @@ def test_tags_say_where_a_wheel_can_be_installed(plain: Path, with_kernels: Path
         assert needs.platform() in set(platform_tags())  # what pip asks for on the machine that compiled it
 
 
+@pytest.mark.skipif(needs_of(HERE).cpu != "x86_64" if HERE.is_file() else True, reason="no library for x86-64 here")
+@pytest.mark.parametrize("library", [HERE, WHEELS], ids=["make native", "make wheels"])
+def test_the_best_instruction_set_is_used_whichever_compiler_made_it(library: Path) -> None:
+    if not library.is_file():
+        pytest.skip("not built: make wheels")
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[1].split("\n", 1)[0].split())
+    avx2 = {"avx2", "fma", "f16c"} <= flags
+    avx512 = avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
+    function = ctypes.CDLL(str(library)).DepthwireInstructionSet
+    function.restype = ctypes.c_char_p
+    assert function().decode() == ("avx512" if avx512 else "avx2" if avx2 else "baseline")
+
+
 @pytest.mark.skipif(not ELSEWHERE.is_file(), reason="not built: make native-aarch64")
 def test_a_wheel_for_another_cpu(tmp_path: Path) -> None:
     needs = needs_of(ELSEWHERE)
@@ -129,12 +145,13 @@ def test_needs_are_read_from_the_file(tmp_path: Path) -> None:
         needs.platform()
 
 
-def test_the_same_files_give_the_same_bytes(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build_wheel(tmp_path / "again", None).read_bytes() == plain.read_bytes()
+def test_the_same_files_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    dated = build_wheel(tmp_path / "dated", None)
-    assert dated.read_bytes() != plain.read_bytes()
-    assert {info.date_time for info in members(dated).values()} == {(2023, 11, 14, 22, 13, 20)}
+    stage(tmp_path / "first", None)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    first, second = (pack(tmp_path / name, tmp_path / f"{name}.out", None) for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    assert {info.date_time for info in members(first).values()} == {(2023, 11, 14, 22, 13, 20)}
 
 
 def test_the_metadata_is_valid(plain: Path) -> None:

@@ -102,7 +102,7 @@ def compile_library(cpu: str, headers: Path) -> Path:
         "ORT_INCLUDE_DIR": headers.resolve(),
     }
     # Zig's cache beside the build: the home directory may not be writable where wheels are made.
-    caches = {name: str(build / "zig") for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
+    caches = {name: str(build.with_name("zig")) for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
     environment = {**os.environ, **caches}
     flags = [f"-D{name}={value}" for name, value in options.items()]
     _run([cmake, "-S", str(ROOT / "runtime/native"), "-B", str(build), *flags], environment)
@@ -118,7 +118,7 @@ def sources() -> list[str]:
     return [name for name in kept if (ROOT / name).is_file()]  # links to folders are none
 
 
-def stage(folder: Path, library: Path | None, epoch: int) -> None:
+def stage(folder: Path, library: Path | None) -> None:
     """Lay out a tree without links: the packages inside ``depthwire/``, the library if there is one."""
     for name in sources():
         inside = PurePosixPath(name).parts[:1] in _parts()
@@ -131,11 +131,10 @@ def stage(folder: Path, library: Path | None, epoch: int) -> None:
         shutil.copyfile(library, target)
     for path in sorted(folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() or path.suffix == ".so" else 0o644)
-        os.utime(path, (epoch, epoch))
 
 
 def build_wheel(out: Path, library: Path | None) -> Path:
-    """Build one wheel; the same files give the same bytes.
+    """Build one wheel.
 
     Args:
         out: Folder for it.
@@ -144,17 +143,27 @@ def build_wheel(out: Path, library: Path | None) -> Path:
     Returns:
         Its path.
     """
-    epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or _output("git", "-C", str(ROOT), "log", "-1", "--format=%ct"))
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        tree, made = Path(scratch) / "tree", Path(scratch) / "made"
-        stage(tree, library, epoch)
-        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        if library is not None:
-            command += ["--config-settings", f"--build-option=--plat-name={needs_of(library).platform()}"]
-        _run([*command, "--wheel-dir", str(made), str(tree)], {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)})
-        (wheel,) = made.iterdir()
+        tree = Path(scratch)
+        stage(tree, library)
+        return pack(tree, out, library)
+
+
+def pack(tree: Path, out: Path, library: Path | None) -> Path:
+    """Build the wheel of a staged tree; the same tree gives the same bytes."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    if library is not None:
+        command += ["--config-settings", f"--build-option=--plat-name={needs_of(library).platform()}"]
+    with tempfile.TemporaryDirectory() as made:
+        _run([*command, "--wheel-dir", made, str(tree)], {**os.environ, "SOURCE_DATE_EPOCH": str(epoch())})
+        (wheel,) = Path(made).iterdir()
         return Path(shutil.move(wheel, out / wheel.name))
+
+
+def epoch() -> int:
+    """Return the time that files in a wheel carry: ``SOURCE_DATE_EPOCH``, else that of the last commit."""
+    return int(os.environ.get("SOURCE_DATE_EPOCH") or _output("git", "-C", str(ROOT), "log", "-1", "--format=%ct"))
 
 
 def _parts() -> set[tuple[str, ...]]:

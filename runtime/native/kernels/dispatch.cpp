@@ -1,4 +1,9 @@
 // Which instruction set's kernels this CPU runs.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <cstdint>
 #include <cstring>
 
 #include "kernels.h"
@@ -37,15 +42,35 @@ struct Choice {
   bool supported;
 };
 
+#if defined(__x86_64__)
+struct Cpu {
+  bool avx2 = false, avx512 = false;
+};
+
+// Asked of the CPU itself: __builtin_cpu_supports answers no to everything in what Zig links.
+Cpu this_cpu() {
+  const auto has = [](std::uint32_t word, std::uint32_t bits) { return (word & bits) == bits; };
+  Cpu cpu;
+  std::uint32_t a = 0, b = 0, c = 0, d = 0, features = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !has(c, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C)) return cpu;
+  if (__get_cpuid_count(7, 0, &a, &features, &c, &d) == 0) return cpu;
+  // Which registers the operating system saves: SSE and AVX; for AVX-512 the masks and both halves of its own too.
+  std::uint32_t saved = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  cpu.avx2 = has(saved, 0x06) && has(features, bit_AVX2);
+  cpu.avx512 = cpu.avx2 && has(saved, 0xe6) && has(features, bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ);
+  return cpu;
+}
+#endif
+
 const Choice* choices() {
-  // __builtin_cpu_supports also asks whether the operating system saves the registers.
+#if defined(__x86_64__)
+  static const Cpu cpu = this_cpu();
+#endif
   static const Choice found[] = {
 #if defined(__x86_64__)
-      {"avx512", avx512::kTable, &avx512::kRouting,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq")},
-      {"avx2", avx2::kTable, &avx2::kRouting,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {"avx512", avx512::kTable, &avx512::kRouting, cpu.avx512},
+      {"avx2", avx2::kTable, &avx2::kRouting, cpu.avx2},
 #elif defined(__aarch64__)
       {"neon", neon::kTable, &neon::kRouting, true},
 #endif

@@ -3,8 +3,8 @@
     python -m benchmarks.precision [--forms lifted routed] [--precisions fp16 bf16 int8 int4-weights] [--no-build]
 
 ``lifted`` is Block AttnRes with 8 blocks; ``routed`` computes half of the tokens in the MLPs of two layers, by
-untrained routers. Every conversion verifies its file. Quality is measured on four windows of 512 tokens of the State of the Union
-address of 2000, calibrated on the next eight. Agreement is with the fp32 model of the same form. One JSON line each.
+untrained routers. Every conversion verifies its file. Quality is measured on four windows of 512 tokens of the State of
+the Union address of 2000, calibrated on the next eight. Agreement is with the fp32 model of the same form.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import onnx_ir
 
 import depthwire
+from benchmarks._report import report
+from depthwire.export.census import weight_sizes
 
 MODEL = Path(".cache/models/smollm2-135m-instruct")
 TEXT = Path("tests/data/sotu-2000.txt")

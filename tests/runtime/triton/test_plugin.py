@@ -217,18 +217,18 @@ def test_a_dtype_that_no_plugin_has_is_refused(tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.got) == ("plugin.dtype", "ONNX element type 11")
 
 
-def test_what_is_specific_to_one_gpu_ships_as_a_cubin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # redux of floats is an instruction of 10.0's own set: the assembler takes it for sm_100a alone.
-    compiled = compile_kernel(READ, "SM100", ptx_version=88)
-    own = "\t.reg .f32 %own;\n\tredux.sync.max.f32 %own, %own, 0xffffffff;\n"
-    ptx = re.sub(r"\n\{\n", "\n{\n" + own, compiled.ptx, count=1)
-    assert ptx != compiled.ptx
-    monkeypatch.setattr(plugin_ptx, "compile_kernel", lambda *_, **__: dataclasses.replace(compiled, ptx=ptx))
-    code = plugin_code(READ, "SM100", depth_operator(READ).parameters)
+def test_what_is_specific_to_one_gpu_ships_as_a_cubin(tmp_path: Path) -> None:
+    # Triton reduces floats over a warp with an instruction that 10.0 alone has.
+    spec = KernelSpec("AttnResAddReadNorm_4", 128, "bfloat16", eps=1e-6, norm_eps=1e-6)
+    operator = depth_operator(spec)
+    code = plugin_code(spec, "SM100", operator.parameters)
+    assert "redux.sync.max.f32" in code.ptx or "redux.sync.max.NaN.f32" in code.ptx
     assert (code.form, code.code[:4]) == ("cubin", b"\x7fELF")
     assert "\n.target sm_100a\n" in code.ptx
-    assert cubin_parameters(code, tmp_path) == [8] * 7
+    assert code.parameters == operator.parameters
+    assert cubin_parameters(code, tmp_path) == [8] * 9
     assert code.code == code.cubin
+    assert check(operator, "SM110", tmp_path).form == "ptx"
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> str:

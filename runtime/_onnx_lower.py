@@ -18,7 +18,7 @@ from depthwire.errors import BuildError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
 # Operators of which the sets 19 to 24 widened the types alone, or added attributes whose default is the old meaning.
 _SAME_MEANING = frozenset(
@@ -172,10 +172,14 @@ def _lower_opset(model: ModelProto, wanted: int) -> Iterator[str]:
     if current <= wanted:
         return
     holding: dict[int, str] = {}
-    for node in [*_nodes(model.graph.node), *(node for f in model.functions for node in _nodes(f.node))]:
+    every = [*_nodes(model.graph.node), *(node for f in model.functions for node in _nodes(f.node))]
+    for node in every:
         least = next(version for version in range(wanted, current + 1) if _means_the_same(node, version, current))
         holding.setdefault(least, f"{node.op_type} ({node.name or node.output[0]})")
     reached = max(holding, default=wanted)
+    for node in every:
+        for attribute in _defaults_unknown_to(node, reached, current):
+            node.attribute.remove(attribute)
     for imports in (model.opset_import, *(function.opset_import for function in model.functions)):
         for entry in imports:
             if entry.domain == "":
@@ -183,7 +187,8 @@ def _lower_opset(model: ModelProto, wanted: int) -> Iterator[str]:
     model.ir_version = min(
         model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     )
-    yield f"operator set {reached} instead of {current}"
+    if reached < current:
+        yield f"operator set {reached} instead of {current}"
     if reached > wanted:
         yield f"{holding[reached]} needs operator set {reached}; the parser documents {wanted}"
 
@@ -200,8 +205,31 @@ def _means_the_same(node: NodeProto, version: int, current: int) -> bool:
         old = onnx.defs.get_schema(node.op_type, version)
     except onnx.defs.SchemaError:  # it did not exist then
         return False
-    plain = {attribute.name for attribute in node.attribute} <= set(old.attributes)
-    return node.op_type in _SAME_MEANING and plain and len(node.input) <= old.max_input
+    given = {attribute.name for attribute in node.attribute} - set(old.attributes)
+    spare = {attribute.name for attribute in _defaults_unknown_to(node, version, current)}
+    return node.op_type in _SAME_MEANING and given <= spare and len(node.input) <= old.max_input
+
+
+def _defaults_unknown_to(node: NodeProto, version: int, current: int) -> list[AttributeProto]:
+    """Return the attributes that a lower set lacks and that say what is so without them."""
+    import onnx
+
+    if node.domain not in {"", "ai.onnx"} or node.op_type not in _SAME_MEANING:
+        return []
+    new, old = (onnx.defs.get_schema(node.op_type, number) for number in (current, version))
+    return [
+        attribute
+        for attribute in node.attribute
+        if attribute.name not in old.attributes and _is_default(attribute, new.attributes[attribute.name].default_value)
+    ]
+
+
+def _is_default(attribute: AttributeProto, default: AttributeProto) -> bool:
+    from onnx import helper
+
+    if not default.type or attribute.type != default.type or attribute.ref_attr_name:
+        return False
+    return bool(helper.get_attribute_value(attribute) == helper.get_attribute_value(default))
 
 
 def _opset(model: ModelProto) -> int:

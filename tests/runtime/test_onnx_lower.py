@@ -150,6 +150,9 @@ def test_an_operator_without_a_body_is_refused() -> None:
     [
         # INT4 blocks came with 21; a Resize of 19 means something else than one of 18; Reshape only got more types.
         (helper.make_node("DequantizeLinear", ["w", "s"], ["y"], axis=0, block_size=4), 23, 21),
+        # What later sets added, spelled out with its default, holds nothing up.
+        (helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], block_size=0, precision=0, saturate=1), 23, 18),
+        (helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], precision=TensorProto.FLOAT16), 23, 23),
         (helper.make_node("Resize", ["x", "", "s"], ["y"]), 23, 19),
         (helper.make_node("Reshape", ["x", "shape"], ["y"]), 24, 18),
         (helper.make_node("Gelu", ["x"], ["y"]), 23, 20),
@@ -159,9 +162,11 @@ def test_the_operator_set_goes_as_low_as_every_node_lets_it(node: onnx.NodeProto
     model = model_of([node], [value("x", 4)], [value("y", 4)], opset=opset)
     lowered = lower(model, missing=(), expand_functions=False, parser_opset=18)
     assert lowered.model.opset_import[0].version == reached
-    assert lowered.notes[0] == f"operator set {reached} instead of {opset}"
-    assert len(lowered.notes) == (1 if reached == 18 else 2)
-    assert reached == 18 or node.op_type in lowered.notes[1]
+    assert (lowered.notes[0] == f"operator set {reached} instead of {opset}") == (reached < opset)
+    assert len(lowered.notes) == (1 if reached in {18, opset} else 2)
+    assert reached == 18 or f"{node.op_type} (y) needs operator set {reached}" in lowered.notes[-1]
+    known = onnx.defs.get_schema(node.op_type, reached).attributes
+    assert {attribute.name for attribute in lowered.model.graph.node[0].attribute} <= set(known)
 
 
 def test_the_targets_say_what_their_parsers_lack() -> None:

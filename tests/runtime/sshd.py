@@ -102,6 +102,13 @@ class Server:
         """Kill the processes that serve connections: both sides lose them."""
         _kill(self._serving())
 
+    def freeze(self) -> list[psutil.Process]:
+        """Stop the processes that serve connections without ending them, as a cable that is pulled; return them."""
+        serving = self._serving()
+        for process in serving:
+            process.suspend()
+        return serving
+
     def _serving(self) -> list[psutil.Process]:
         assert self.process is not None
         found = []

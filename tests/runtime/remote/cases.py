@@ -6,12 +6,20 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from depthwire.errors import DepthwireError
+from depthwire.runtime.remote import Patience, drive
+from depthwire.stages import Stages
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from depthwire.runtime.remote import Device, RemoteResult
     from depthwire.stages import Stage
 
+QUICK = Patience(attempts=8, first_seconds=0.1, longest_seconds=0.5)
 WEIGHTS = "model.onnx.data"
 SCRIPT = """\
 import argparse, json, os, pathlib, sys, time
@@ -104,3 +112,33 @@ class Once:
 
     def ended(self, stage: Stage) -> None:
         pass
+
+
+def run(
+    bundle: Path,
+    device: Device,
+    there: Path,
+    reporter: Once | None = None,
+    *,
+    arguments: tuple[str, ...] = (),
+    keep: bool = False,
+) -> RemoteResult:
+    """Run a bundle on a device, with little patience; what came of it lies in ``out`` beside the bundle."""
+    return drive(
+        bundle,
+        device,
+        bundle.parent / "out",
+        folder=str(there),
+        arguments=arguments,
+        keep=keep,
+        stages=Stages(reporter),
+        patience=QUICK,
+    )
+
+
+def refusal(code: str, call: Callable[[], object]) -> DepthwireError:
+    """Return the error that a call ends with, of this code."""
+    with pytest.raises(DepthwireError) as caught:
+        call()
+    assert caught.value.code == code
+    return caught.value

@@ -1,14 +1,11 @@
-"""Work on a device, over a real SSH server: whole, broken off and taken up again, refused."""
+"""Work on a device, over a real SSH server: whole, broken off and taken up again."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import sys
 import tempfile
 from dataclasses import replace
@@ -18,69 +15,17 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from depthwire.errors import DepthwireError, RemoteError, UsageError
-from depthwire.runtime import _remote_agent
 from depthwire.runtime._remote_files import read_bundle
-from depthwire.runtime.remote import Patience, RemoteResult, cancel, default_folder, drive, parse_device
-from depthwire.stages import Stages
-from tests.runtime.remote_cases import WEIGHTS, Once, list_files, make_bundle, result, size
-from tests.runtime.sshd import serve
+from depthwire.runtime.remote import cancel, default_folder, drive
+from tests.runtime.remote.cases import QUICK, WEIGHTS, Once, make_bundle, refusal, result, run, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from depthwire.runtime.remote import Device
     from tests.runtime.sshd import Server
 
 MIB = 1 << 20
 # What may be under way in pipes and socket buffers when a connection breaks.
 UNDER_WAY = 16 * MIB
-QUICK = Patience(attempts=8, first_seconds=0.1, longest_seconds=0.5)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tmp_path_factory.mktemp("sshd")) as running:
-        yield running
-
-
-@pytest.fixture
-def device(server: Server) -> Device:
-    return server.device(sys.executable)
-
-
-@pytest.fixture
-def there(tmp_path: Path) -> Path:
-    """The folder on the device, with what a shell would trip over in its name."""
-    return tmp_path / "it's $HOME; there"
-
-
-def run(
-    bundle: Path,
-    device: Device,
-    there: Path,
-    reporter: Once | None = None,
-    *,
-    arguments: tuple[str, ...] = (),
-    keep: bool = False,
-) -> RemoteResult:
-    return drive(
-        bundle,
-        device,
-        bundle.parent / "out",
-        folder=str(there),
-        arguments=arguments,
-        keep=keep,
-        stages=Stages(reporter),
-        patience=QUICK,
-    )
-
-
-def refusal(code: str, call: Callable[[], object]) -> DepthwireError:
-    with pytest.raises(DepthwireError) as caught:
-        call()
-    assert caught.value.code == code
-    return caught.value
 
 
 def test_a_whole_round_trip(tmp_path: Path, device: Device, there: Path) -> None:
@@ -157,6 +102,22 @@ def test_a_client_that_is_killed_while_copying(tmp_path: Path, device: Device, t
     found = run(bundle, device, there, Once("copy", kill, fraction=0.5))
     assert found.exit_code == 9
     assert found.reconnects >= 1
+    assert size(bundle) <= found.sent < size(bundle) + UNDER_WAY
+
+
+def test_a_network_that_falls_silent(tmp_path: Path, server: Server, device: Device, there: Path) -> None:
+    """Nothing is closed, nothing comes: keep-alives find out, and the old connection's copy is displaced."""
+    bundle = make_bundle(tmp_path / "bundle", weights=64 * MIB)
+    frozen: list[psutil.Process] = []
+    restless = replace(device, ssh_options=(*device.ssh_options, "ServerAliveInterval=1", "ServerAliveCountMax=1"))
+    try:
+        found = run(bundle, restless, there, Once("copy", lambda: frozen.extend(server.freeze()), fraction=0.5))
+    finally:
+        for process in frozen:
+            process.kill()
+    assert frozen
+    assert found.reconnects >= 1
+    assert found.exit_code == 9
     assert size(bundle) <= found.sent < size(bundle) + UNDER_WAY
 
 
@@ -298,129 +259,6 @@ def test_a_part_that_is_damaged_is_not_built_upon(tmp_path: Path, device: Device
     weights.unlink()
     weights.with_name(f"{WEIGHTS}.part").write_bytes(bytes(MIB))
     assert run(bundle, device, there).sent == 2 * MIB
-
-
-def test_a_file_that_is_not_what_the_manifest_says(tmp_path: Path, device: Device, there: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
-    weights = (bundle / WEIGHTS).read_bytes()
-    (bundle / WEIGHTS).write_bytes(weights[::-1])
-    assert WEIGHTS in str(refusal("remote.bad-bundle", lambda: run(bundle, device, there)).at)
-    (bundle / WEIGHTS).write_bytes(weights[1:])
-    assert "999 bytes" in str(refusal("remote.bad-bundle", lambda: run(bundle, device, there)).got)
-    (bundle / WEIGHTS).unlink()
-    assert refusal("remote.bad-bundle", lambda: run(bundle, device, there)).got == "no such file"
-    (bundle / "bundle.json").write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}')
-    assert "../x" in str(refusal("remote.bad-bundle", lambda: run(bundle, device, there)).got)
-
-
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, device: Device) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "thesis.tex").write_text("mine")
-    assert "thesis.tex" in str(refusal("remote.not-ours", lambda: run(bundle, device, other)).got)
-    cancel(bundle, device, folder=str(other))
-    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
-
-
-def test_a_disk_that_is_too_small(tmp_path: Path, device: Device, there: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
-    large = bundle / "large"
-    list_files(bundle)
-    free = shutil.disk_usage(tmp_path).free
-    with large.open("wb") as file:
-        file.truncate(free)  # a hole: it takes no room here
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    manifest["files"]["large"] = {"bytes": free, "sha256": "0" * 64}
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
-    assert "MB needed" in str(refusal("remote.disk-full", lambda: run(bundle, device, there)).got)
-
-
-def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, device: Device, there: Path) -> None:
-    """The kernel's own device that is always full stands where the part would be written."""
-    bundle = make_bundle(tmp_path / "bundle", weights=MIB)
-    run(bundle, device, there, keep=True)
-    (there / "bundle" / WEIGHTS).unlink()
-    part = there / "bundle" / f"{WEIGHTS}.part"
-    part.symlink_to("/dev/full")
-    assert "No space left" in str(refusal("remote.disk-full", lambda: run(bundle, device, there)).got)
-    part.unlink()
-    assert run(bundle, device, there).sent == MIB
-
-
-def test_connections_that_are_refused(tmp_path: Path, server: Server, device: Device, there: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
-
-    def tried(code: str, **changed: object) -> DepthwireError:
-        return refusal(code, lambda: run(bundle, replace(device, **changed), there))  # type: ignore[arg-type]
-
-    stranger = server.folder / "stranger"
-    assert "Permission denied" in str(tried("remote.auth", identity=stranger).got)
-    empty = (f"UserKnownHostsFile={server.folder / 'none'}", *server.options[1:])
-    assert "not known" in tried("remote.host-key", ssh_options=empty).what
-    (server.folder / "changed").write_text(f"[127.0.0.1]:{server.port} {(server.folder / 'stranger.pub').read_text()}")
-    changed = (f"UserKnownHostsFile={server.folder / 'changed'}", *server.options[1:])
-    assert "has changed" in tried("remote.host-key", ssh_options=changed).what
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        assert "refused" in str(tried("remote.unreachable", port=closed.getsockname()[1]).got)
-    assert tried("remote.unreachable", host="no-such-host.invalid").exit_code == RemoteError.exit_code
-    assert "not found" in str(tried("remote.no-python", python="no-such python").got)
-    assert "exit status 1" in str(tried("remote.no-python", python="false").got)
-    assert not there.exists()
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path, device: Device) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
-    assert "/proc/depthwire" in str(refusal("remote.system", lambda: run(bundle, device, Path("/proc/depthwire"))).got)
-
-
-def test_a_machine_without_ssh(tmp_path: Path, device: Device, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    bundle = make_bundle(tmp_path / "bundle")
-    refusal("remote.no-ssh", lambda: run(bundle, device, there))
-
-
-def test_an_old_python_is_refused(tmp_path: Path, device: Device, there: Path) -> None:
-    """An interpreter that says it is 3.8: the same one, with another version."""
-    old = tmp_path / "python3.8"
-    old.write_text(f'#!/bin/sh\nexec {sys.executable} "$1" -c "import sys; sys.version_info = (3, 8, 10); $3"\n')
-    old.chmod(0o755)
-    bundle = make_bundle(tmp_path / "bundle")
-    error = refusal("remote.no-python", lambda: run(bundle, replace(device, python=str(old)), there))
-    assert error.got == "Python 3.8.10"
-    ast.parse(Path(_remote_agent.__file__).read_text(), feature_version=(3, 8))  # it can say so
-
-
-@pytest.mark.parametrize(
-    ("address", "host", "user", "port"),
-    [
-        ("orin", "orin", None, None),
-        ("nvidia@orin.local:2222", "orin.local", "nvidia", 2222),
-        ("nvidia@192.168.55.1", "192.168.55.1", "nvidia", None),
-        ("nvidia@[fe80::1%usb0]:22", "fe80::1%usb0", "nvidia", 22),
-    ],
-)
-def test_addresses(address: str, host: str, user: str | None, port: int | None) -> None:
-    device = parse_device(address)
-    assert (device.host, device.user, device.port) == (host, user, port)
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["", "-oProxyCommand=touch x", "a@-b", "host name", "host;id", "$(id)", "a@b@c", "host:", "host:99999", "host:0",
-     "user@ho`id`st", "fe80::1", "host\n"],
-)  # fmt: skip
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        parse_device(address)
-    assert caught.value.code == "remote.address"
-
-
-def test_bad_keys_and_options_are_refused(tmp_path: Path) -> None:
-    refusal("remote.identity", lambda: parse_device("orin", identity=tmp_path / "none"))
-    refusal("remote.ssh-option", lambda: parse_device("orin", ssh_options=["-F/etc/passwd"]))
-    refusal("remote.ssh-option", lambda: parse_device("orin", ssh_options=["Port=1\nProxyCommand=id"]))
 
 
 def test_nothing_of_ours_stays_behind(tmp_path: Path, device: Device, there: Path) -> None:

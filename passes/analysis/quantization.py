@@ -36,11 +36,11 @@ __all__ = ["Kind", "QuantizationPlan", "QuantizedWeight", "calibrate"]
 
 BLOCK = 64
 """Weights along the summed axis that share a scale in ``int4-weights``; TensorRT takes 64 and 128."""
-EIGHT_BIT_SHARE = 0.25
+EIGHT_BIT_SHARE = 0.5
 """The largest share of the weights of an ``int4-weights`` plan that are given 8 bits."""
-ACTIVATION_ERROR = 1e-2
+ACTIVATION_ERROR = 2e-3
 """How much of the energy of a token's output may be lost by rounding a layer's input, on average over tokens."""
-WORST_TOKEN_ERROR = 0.5
+WORST_TOKEN_ERROR = 0.05
 """The same for a single token: a fixed scale may not cut off the one that all others attend to."""
 _MEASURED = 4  # windows on which the cost of rounding activations is measured
 _MOMENT_BYTES = 2 << 30  # second moments held at once; more layers take more runs of the program

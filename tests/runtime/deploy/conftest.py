@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from depthwire.runtime.bundle import write_bundle
+from depthwire.runtime.bundle import BundleOptions, write_bundle
 from depthwire.runtime.target import load_target
 from tests.routed_tiny import write_routed
 from tests.runtime.deploy.device import make_python
@@ -37,12 +37,19 @@ def routed_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="session")
 def rtx_bundle(routed_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle for TensorRT-RTX; not to be changed."""
+    """Its bundle for TensorRT-RTX, both capacities; not to be changed."""
     out = tmp_path_factory.mktemp("bundle") / "rtx"
     return write_bundle(routed_artifact, load_target("rtx"), out).root
 
 
+@pytest.fixture(scope="session")
+def small_bundle(routed_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of one capacity; not to be changed."""
+    out = tmp_path_factory.mktemp("bundle") / "small"
+    return write_bundle(routed_artifact, load_target("rtx"), out, BundleOptions(capacities=("50%",))).root
+
+
 @pytest.fixture
-def bundle(rtx_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of it that may be changed."""
-    return shutil.copytree(rtx_bundle, tmp_path / "bundle")
+def bundle(small_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the small one that may be changed."""
+    return shutil.copytree(small_bundle, tmp_path / "bundle")

@@ -32,6 +32,8 @@ Mixture of Depths, small, float16                  1,857,948        58     15   
 12 layers x 512, float16                         133,488,698       109      0  135,747,716   1.00
 6 layers x 768                                   423,202,876        55      0  425,355,100   1.00
 8 AttnRes layers x 128, blocks of 2, bfloat16      2,448,300        73     17    9,653,644   0.99
+8 AttnRes layers x 128, blocks of 2, int8          1,289,446        73     17    9,390,052   0.89
+8 AttnRes layers x 128, blocks of 2, int4          1,004,972        73     17    9,131,836   0.89
 6 AttnRes layers x 128, full                       3,699,888        55     14    8,917,180   1.01
 12 AttnRes layers x 256, blocks of 3              52,475,968       109     26   61,071,356   1.02
 16 AttnRes layers x 384, float16                  50,383,276       145     34   63,725,892   1.01

@@ -63,7 +63,7 @@ wheels: $(READY) $(ORT_INCLUDE_DIR)/onnxruntime_c_api.h $(CMAKE) ## Build the wh
 	for wheel in dist/*manylinux*.whl; do $(BIN)/python -m auditwheel show $$wheel || exit 1; done
 
 test-native: $(READY) native native-asan runner ## Run only the tests of the C++ code
-	$(BIN)/pytest -p no:randomly tests/runtime/native tests/runtime/deploy/test_cpp_runner.py
+	$(BIN)/pytest -p no:randomly tests/runtime/native tests/runtime/deploy/test_cpp_runner.py tests/runtime/deploy/test_cpp_tensorrt.py
 
 .cache/onnxruntime-headers/0.4.9/onnxruntime_c_api.h:
 	$(PYTHON) tools/fetch_ort_headers.py

@@ -210,7 +210,7 @@ def require_version(tensorrt: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def _code(spec: Spec, capability: str, parameters: tuple[str, ...]) -> PluginCode:
     return plugin_code(spec, capability, parameters)
 

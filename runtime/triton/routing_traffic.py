@@ -38,11 +38,23 @@ def routing_traffic(spec: RoutingSpec, tokens: int, slots: int, *, taken: int | 
         case "rank":
             averaged = 4 * sum(min(token + 1, spec.window) for token in range(tokens))
             return _once(8 * tokens, averaged, 4 * tokens)
-    return _attention(spec, slots if spec.kind == "slot_attention" else tokens, slots)
+    keys = slots if spec.kind == "slot_attention" else tokens
+    return _attention(spec, keys, slots) if spec.attends else _surprise(spec, tokens)
 
 
 def _once(sources: int, parameters: int, stores: int, least: int | None = None) -> Traffic:
     return Traffic(sources, parameters, stores, (sources if least is None else least) + stores)
+
+
+def _surprise(spec: RoutingSpec, tokens: int) -> Traffic:
+    row, tile = spec.width * item_bytes(spec.dtype), spec.launch.tile
+    begins = range(0, tokens, tile)
+    # The tile and the window before its first token; where that reaches beyond the row, the first token once more.
+    read = sum(min(tokens, begin + tile) - max(0, begin - spec.window + 1) for begin in begins)
+    again = sum(begin < spec.window for begin in begins)
+    criteria = 4 * item_bytes(spec.criteria)
+    bits = len(begins) * (tokens + criteria) + tokens + read
+    return _once((read + again + tokens) * row, bits, 4 * tokens, 2 * tokens * row)
 
 
 def _attention(spec: RoutingSpec, tokens: int, slots: int) -> Traffic:

@@ -191,6 +191,10 @@ def traffic(machine: Machine) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "bytes sums", machine.count(lambda: kernels.run(first, given, 2, 40), [given["delta"], given["prior"]])
     given |= {"criteria": torch.tensor([0.02, 1.1, 0.5, 0.4]), "rank": rank}
     yield "bytes rank", machine.count(lambda: kernels.run(second, given, 2, 40), [sums])
+    given |= {"criteria": torch.tensor([0.02, 1.1, 0.5, 0.4])}
+    whole_score = RoutingSpec("surprise", width=24, window=8)
+    moved = [given["delta"], given["prior"]]
+    yield "bytes surprise", machine.count(lambda: kernels.run(whole_score, given, 2, 40), moved)
     score = x[..., 0].contiguous()
     yield "bytes select", machine.count(lambda: kernels.select_tokens(score, valid, 20), [score])
     query, key = torch.randn(2, 20, 4, 32, generator=generator), torch.randn(2, 40, 2, 32, generator=generator)

@@ -82,6 +82,7 @@ def test_slightly_wrong_kernels_are_found_out(prefix: str, count: int) -> None:
         ("gather", RoutingSpec("gather", row_bytes=96), None),
         ("scatter", RoutingSpec("scatter", row_bytes=96), None),
         ("in place", RoutingSpec("scatter", row_bytes=96), 15),
+        ("surprise", RoutingSpec("surprise", width=24, window=8), None),
         ("sums", RoutingSpec("sums", width=24), None),
         ("rank", RoutingSpec("rank", window=8), None),
         ("select", RoutingSpec("select", block=64), None),
@@ -108,6 +109,8 @@ def test_what_is_moved_is_what_must_be() -> None:
         RoutingSpec("sums", width=77),
     ):
         assert routing_traffic(spec, 2048, 512).ratio == 1
+    # One launch of the surprise reads the window's ``delta`` again for each tile of 64 tokens.
+    assert 1.7 < routing_traffic(RoutingSpec("surprise", width=576, window=100), 2048, 512).ratio < 1.8
     assert routing_traffic(RoutingSpec("budget"), 4096, 64).ratio > 1.9  # a long row is scanned twice
 
 

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from depthwire.artifact import MODEL, Artifact
@@ -26,6 +27,7 @@ from depthwire.runtime.tensorrt_rtx import build
 from depthwire.runtime.tolerances import tolerance
 from tests.export.tiny import VOCABULARY, lifted
 from tests.routed_tiny import TOKENS, captured, routed, write_routed
+from tests.runtime.precision_models import program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,6 +118,17 @@ def test_rows_of_every_batch_are_those_of_the_captured_graph(name: str, captured
     assert [value.name for value in opened.model.graph.input] == ["input_ids"]
     dims = opened.model.graph.output[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in dims] == [BATCH, TOKENS, VOCABULARY]
+
+
+def test_narrow_graphs_are_followed_through_their_casts(tmp_path: Path) -> None:
+    static = ir.to_proto(to_onnx(program("block", torch.float16)))
+    one, other = session(static), session(open_batch(saved(tmp_path, static)).model)
+    ids = tokens(5)
+    found = other.run(None, {"input_ids": ids})[0]
+    for row in range(5):
+        value = one.run(None, {"input_ids": ids[row : row + 1]})[0][0]
+        allowed = tolerance("float16", "logits").allowed(float(np.abs(value).max()))
+        assert np.abs(found[row] - value).max() <= allowed
 
 
 def test_weights_stay_where_they_are(tmp_path: Path) -> None:

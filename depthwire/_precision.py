@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from depthwire._flow import Rewritten, Window
+    from depthwire.passes.analysis.quantization import QuantizationPlan
     from depthwire.passes.analysis.ranges import Ranges
     from depthwire.program import Program
     from depthwire.recipe import Recipe
@@ -220,6 +221,7 @@ def _steps(
         from depthwire.passes.quantize_linear import QuantizeLinear
 
         plan = calibrate(program, feeds, options.kind, progress=stage.update)
+        _require_quantized(plan, options.kind)
         quantize = (QuantizeLinear(plan),)
         weights = {name: dataclasses.replace(weight, activation=None) for name, weight in plan.weights.items()}
         weights_alone = (QuantizeLinear(dataclasses.replace(plan, weights=weights)),)
@@ -233,6 +235,22 @@ def _steps(
     cast = CastPrecision(rest, options.logits)  # type: ignore[arg-type]
     twin = dataclasses.replace(cast, arithmetic="fp32")
     return (*quantize, cast), (*weights_alone, twin), quantized
+
+
+def _require_quantized(plan: QuantizationPlan, kind: str) -> None:
+    bits = 4 if kind == "int4-weights" else 8
+    if any(weight.bits == bits for weight in plan.weights.values()):
+        return
+    # Heads and routers are left alone in every model: the reason for all others says more.
+    declines = sorted(plan.kept.values(), key=lambda each: each.code.endswith((".head", ".router", ".shared")))
+    raise PassError(
+        "precision.nothing-quantised",
+        f"No linear layer of this model can have weights of {bits} bits",
+        at=declines[0].at if declines else "the model",
+        want=declines[0].want if declines else "linear layers",
+        got=f"{declines[0].got}; {len(declines)} layers left alone" if declines else "none",
+        todo="Use another --precision; 'depthwire explain' lists why each layer is left alone.",
+    )
 
 
 def _run(program: Program, steps: tuple[Any, ...]) -> Program:

@@ -114,7 +114,7 @@ class ParityError(DepthwireError):
 
 
 class DeviceError(DepthwireError):
-    """A device fails a check of ``build_and_verify.py``. (Its exit code 9, built but not verified, is no error.)"""
+    """A device fails a check of ``build_and_verify.py``. Its exit code 9, built but not verified, is no error."""
 
     exit_code = 8
 

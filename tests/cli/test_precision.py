@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -174,6 +175,18 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loud") / "model"
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_model_too_narrow_for_the_blocks_of_int4_is_refused(
+    loud: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = tmp_path / "windows.npz"
+    np.savez(windows, input_ids=np.arange(64, dtype=np.int64).reshape(2, 1, 32))
+    options = (*SHAPE, "--precision", "int4-weights", "--inputs", str(windows), "-o", str(tmp_path / "a"))
+    assert main(["convert", str(loud), *options]) == 4
+    shown = capsys.readouterr().err
+    assert "precision.nothing-quantised" in shown
+    assert "model.layers.0" in shown
 
 
 def test_values_beyond_float16_are_refused_by_layer(

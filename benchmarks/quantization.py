@@ -22,7 +22,7 @@ from depthwire.export.capture import capture
 from depthwire.export.inputs import text_windows
 from depthwire.passes._pipeline import Pipeline
 from depthwire.passes.analysis.observe import observe
-from depthwire.passes.analysis.quantization import calibrate
+from depthwire.passes.analysis.quantization import BLOCK, EIGHT_BIT_SHARE, calibrate
 from depthwire.passes.quantize_linear import QuantizeLinear
 from depthwire.passes.standard import standard_pipeline
 
@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("tests/data/sotu-2000.txt"))
     parser.add_argument("--windows", type=int, default=4, help="windows that are compared")
     parser.add_argument("--calibration-windows", type=int, default=8, help="windows behind them")
+    parser.add_argument("--block-size", type=int, default=BLOCK, help="of int4-weights")
+    parser.add_argument("--eight-bit-share", type=float, default=EIGHT_BIT_SHARE, help="of int4-weights")
     arguments = parser.parse_args()
     program = standard_pipeline(attn_res=None).run(capture(arguments.model, seq_len=arguments.seq_len))
     count = arguments.windows + arguments.calibration_windows
@@ -66,7 +68,9 @@ def main() -> None:
     )
     report("perplexity", math.exp(plain), "perplexity", f"fp32, {how}", 1)
     for kind in KINDS:
-        plan = calibrate(program, later, kind)
+        plan = calibrate(
+            program, later, kind, block_size=arguments.block_size, eight_bit_share=arguments.eight_bit_share
+        )
         lost = nll(Pipeline((QuantizeLinear(plan),)).run(program), compared)
         report("perplexity", math.exp(lost), "perplexity", f"{plan}, {how}", 1)
         report("perplexity_increase", math.expm1(lost - plain), "ratio", f"{kind} against fp32, {how}", 1)

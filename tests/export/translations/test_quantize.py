@@ -183,7 +183,7 @@ def test_the_file_holds_integers_the_way_products_read_them(kind: str, tmp_path:
     assert {name for name in large if "scale" not in name} == {"embedding.weight", "head.weight.T"}
     bits = sum(weight.values.numel() * weight.bits for weight in plan.weights.values())
     whole = sum(program.exported.state_dict[name].numel() for name in plan.weights)
-    assert bits <= 8 * whole * (1 if kind == "int8" else 5 / 8)
+    assert bits <= 8 * whole * (1 if kind == "int8" else 6 / 8)  # at most half of int4-weights in 8 bits
 
 
 def _other_axis(edit: GraphEditor) -> None:

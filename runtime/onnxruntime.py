@@ -28,6 +28,8 @@ COPY_LIMIT = 2 << 30
 
 _ERRORS_ONLY = 3
 _NO_PREPACKING = "session.disable_prepacking"
+_WIDE_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""Fused 4-bit products would round their inputs to 8 bits, which nobody asked for: level 1 keeps them float32."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -110,6 +112,9 @@ def session_from_artifact(
     chosen = kernel_options(artifact, names, kernels=kernels)
     if chosen is not None:
         chosen.apply(options)
+    precision = artifact.manifest.precision
+    if precision is not None and precision.asked == "int4-weights":
+        options.add_session_config_entry(*_WIDE_INPUTS)
     mapped = artifact.manifest.weight_bytes > COPY_LIMIT if map_weights is None else map_weights
     if mapped:
         options.add_session_config_entry(_NO_PREPACKING, "1")

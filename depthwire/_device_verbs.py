@@ -10,6 +10,7 @@ from depthwire.stages import Stages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from depthwire._remote import DeviceRun
     from depthwire.artifact import EngineInfo, KernelsInfo
     from depthwire.runtime.bundle import BundleInfo
     from depthwire.runtime.device_result import Judged
@@ -133,6 +134,53 @@ def bundle(
     )
     place = None if out is None else Path(out)
     return _bundle.bundle(Path(directory), load_target(target, jetpack), place, options, stages or Stages())
+
+
+def run_bundle(
+    directory: str | Path,
+    bundle: BundleInfo,
+    *,
+    on: str,
+    identity: str | Path | None = None,
+    python: str = "python3",
+    ssh_options: Sequence[str] = (),
+    remote_dir: str | None = None,
+    ignore_board: bool = False,
+    skip_latency: bool = False,
+    keep: bool = False,
+    stages: Stages | None = None,
+) -> DeviceRun:
+    """Run a bundle on a device over ssh and read the result back (``bundle --on``); resumes what was interrupted.
+
+    Args:
+        directory: The artefact.
+        bundle: A bundle of it.
+        on: ``[user@]host[:port]``.
+        identity: The private key to log in with; the user's own configuration decides when absent.
+        python: Python of the device.
+        ssh_options: ``KEY=VALUE``, as for ``ssh -o``.
+        remote_dir: Folder on the device; one named after the bundle when absent.
+        ignore_board: Go on with another board, memory size or L4T.
+        skip_latency: Do not measure.
+        keep: Leave the folder on the device.
+        stages: See the module's text.
+
+    Returns:
+        What was copied, fetched and found; ``require_built()`` raises where the script failed.
+
+    Raises:
+        UsageError: The address or an option cannot be meant.
+        RemoteError: The device cannot be reached, or cannot be worked on.
+        ExportError: The result is not one of this artefact.
+    """
+    from depthwire._remote import run_on_device
+    from depthwire.runtime.remote import parse_device
+
+    key = None if identity is None else Path(identity)
+    device = parse_device(on, identity=key, python=python, ssh_options=ssh_options)
+    flags = [flag for flag, given in (("--ignore-board", ignore_board), ("--skip-latency", skip_latency)) if given]
+    root, told = Path(directory), stages or Stages()
+    return run_on_device(root, bundle, device, told, folder=remote_dir, arguments=flags, keep=keep)
 
 
 def kernels(

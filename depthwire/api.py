@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthwire._device_verbs import build, bundle, kernels, verify_result
+from depthwire._device_verbs import build, bundle, kernels, run_bundle, verify_result
 from depthwire._options import Options, combine
 from depthwire._results import DryRun, Explanation, Inspection, Result, VerificationError
 from depthwire.errors import UsageError
@@ -49,6 +49,7 @@ __all__ = [
     "kernels",
     "plan",
     "rewrite",
+    "run_bundle",
     "targets",
     "verify",
     "verify_result",

@@ -42,8 +42,8 @@ def test_the_listing_for_type_checkers_is_the_real_one() -> None:
 def test_every_verb_is_a_function_and_the_other_way_round() -> None:
     functions = {name for name in api.__all__ if inspect.isfunction(getattr(api, name))}
     # ``capture`` has no artefact of its own to write, ``dry_run`` is ``convert --dry-run``, ``verify_result`` is
-    # ``verify --result``.
-    assert functions == set(VERBS) | {"capture", "dry_run", "verify_result"}
+    # ``verify --result``, ``run_bundle`` is ``bundle --on``.
+    assert functions == set(VERBS) | {"capture", "dry_run", "verify_result", "run_bundle"}
     for name in functions:
         assert callable(getattr(depthwire, name))
         assert inspect.getdoc(getattr(api, name))

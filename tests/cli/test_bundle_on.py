@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import depthwire
 from depthwire._remote import check_engines
 from depthwire.api import verify_result
 from depthwire.artifact import Artifact
@@ -57,6 +58,24 @@ def command(artifact: Path, server: Server, python: Path, there: Path, *more: st
     options = [part for option in server.options for part in ("--ssh-option", option)]
     where = ["--on", server.address, "--identity", str(server.identity), "--remote-dir", str(there), *options]
     return ["bundle", str(artifact), "--target", "rtx", *where, "--python", str(python), *more]
+
+
+def test_python_does_the_same(artifact: Path, server: Server, device_python: Path, tmp_path: Path) -> None:
+    info = depthwire.bundle(artifact, target="rtx")
+    run = depthwire.run_bundle(
+        artifact,
+        info,
+        on=server.address,
+        identity=server.identity,
+        python=str(device_python),
+        ssh_options=server.options,
+        remote_dir=str(tmp_path / "there"),
+        skip_latency=True,
+    )
+    run.require_built()
+    assert run.remote.exit_code == 9
+    assert run.judged is not None
+    assert not (tmp_path / "there").exists()
 
 
 def has_gpu() -> bool:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.precision [--forms lifted routed] [--precisions fp16 bf16 int8 int4-weights] [--no-build]
 
-``lifted`` is Block AttnRes with 8 blocks; ``routed`` computes half of the tokens in the MLPs of two layers, by
-untrained routers. Every conversion verifies its file. Quality is measured on four windows of 512 tokens of the State of
-the Union address of 2000, calibrated on the next eight. Agreement is with the fp32 model of the same form.
+``lifted`` is Block AttnRes with 8 blocks; ``routed`` computes three quarters of the tokens in the MLP of one layer,
+``routed-two`` half of them in two, by untrained routers. Every conversion verifies its file. Quality is measured on
+four windows of 512 tokens of the State of the Union address of 2000, calibrated on the next eight. Agreement is with
+the fp32 model of the same form.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MODEL = Path(".cache/models/smollm2-135m-instruct")
 TEXT = Path("tests/data/sotu-2000.txt")
 FORMS: dict[str, dict[str, Any]] = {
     "lifted": {"attn_res": "block:8"},
-    "routed": {"route_seed": 0, "route_layers": "18,22", "capacity": "0.5", "route_unit": "mlp"},
+    "routed": {"route_seed": 0, "route_layers": "20", "capacity": "0.75", "route_unit": "mlp"},
+    "routed-two": {"route_seed": 0, "route_layers": "18,22", "capacity": "0.5", "route_unit": "mlp"},
 }
 PRECISIONS = ("fp16", "bf16", "int8", "int4-weights")
 

@@ -95,7 +95,7 @@ __all__ = [
 
 INT4_BLOCK = 64
 """Weights that share a scale in int4-weights."""
-EIGHT_BIT_SHARE = 0.25
+EIGHT_BIT_SHARE = 0.5
 """Largest share of the linear weights that int4-weights gives 8 bits; what is predicted has all of it."""
 
 _FLOAT32, _HALF = 4, 2

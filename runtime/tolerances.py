@@ -106,10 +106,13 @@ _TABLE: Final[dict[tuple[str, Kind], Tolerance]] = {
     (QUANTIZED, "logits"): Tolerance(
         4.9e-2,
         0.0,
-        "The loosest that is granted. An input of a layer half-way between two integers falls to either side: MEASURED.",
+        "The loosest that is granted. An input half-way between two integers falls to either side; a sound model of "
+        "width 64 has reached 5.2e-2: prove it with its source.",
     ),
     (QUANTIZED, "hidden"): Tolerance(4.9e-2, 0.0, "As for logits."),
-    (QUANTIZED, "nll"): Tolerance(0.0, 1e-2, "Nats, mean over a window: MEASURED."),
+    (QUANTIZED, "nll"): Tolerance(
+        0.0, 1e-2, "Nats, mean over a window: 5.2e-4 measured on 63 tokens; fewer average less."
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from depthwire.runtime._onnx_graph import read_graph
 from depthwire.runtime.target import load_target
 from depthwire.runtime.tensorrt_rtx import ENGINE, FAILED_LOG, LOG, Progress, build
 from tests.runtime import engine_models as models
+from tests.signals import skip_if_ignored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -309,6 +310,7 @@ build(Artifact.load(sys.argv[1]), load_target("rtx"), progress=show, max_batch=2
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_builder_outlives_its_parent(tmp_path: Path, number: signal.Signals) -> None:
+    skip_if_ignored(number)
     # 60 layers take the builder some seconds, all of them in the phase that is waited for here.
     models.transformer(tmp_path, layers=60, width=32, hidden=64, vocabulary=100, length=16)
     artifact = models.artifact_of(tmp_path)

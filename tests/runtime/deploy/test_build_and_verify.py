@@ -16,6 +16,7 @@ import pytest
 
 from depthwire.runtime.deploy.manifest import sha256_file
 from tests.runtime.deploy.device import ORIN, command, edit, files_of, make_system, run
+from tests.signals import skip_if_ignored
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -273,6 +274,7 @@ def test_an_unknown_option(device_python: Path, rtx_bundle: Path) -> None:
 
 
 def test_a_ctrl_c_ends_the_child_and_keeps_the_rest(device_python: Path, rtx_bundle: Path, tmp_path: Path) -> None:
+    skip_if_ignored(signal.SIGINT)
     process = subprocess.Popen(
         command(device_python, rtx_bundle, "--work", str(tmp_path)), stderr=subprocess.PIPE, text=True
     )

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from depthwire.cli._group import VERBS
 from depthwire.cli.main import cli, main
 from depthwire.errors import PassError
+from tests.signals import skip_if_ignored
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -59,7 +59,7 @@ def test_a_decoder_keeps_its_function_and_its_interface(dtype: Dtype, attn_res: 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(
     "spec",
-    [Spec(norm="layer", bias=True), Spec(placement="post"), Spec(placement="parallel"), Spec(placement="sandwich")],
+    [Spec(norm="layer", bias=True), Spec(placement="post"), Spec(block="parallel-one"), Spec(placement="sandwich")],
 )
 def test_other_transformers(dtype: Dtype, spec: Spec) -> None:
     program = standard_pipeline(attn_res=None).run(program_of(build(spec, dtype=torch.float32), inputs()))

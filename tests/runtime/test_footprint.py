@@ -77,9 +77,9 @@ def test_what_another_precision_would_make_of_them(tmp_path: Path) -> None:
         "fp16": 2 * LINEAR + rest,
         "bf16": 2 * LINEAR + rest,
         "int8": LINEAR + 2 * facts.weights.channels + rest,
-        # Three quarters with 4 bits and a scale a block, one quarter with 8 bits and a scale a channel.
+        # One half with 4 bits and a scale a block, the other with 8 bits and a scale a channel.
         "int4-weights": round(
-            0.75 * (LINEAR / 2 + 2 * LINEAR / 64) + 0.25 * (LINEAR + 2 * facts.weights.channels) + rest
+            0.5 * (LINEAR / 2 + 2 * LINEAR / 64) + 0.5 * (LINEAR + 2 * facts.weights.channels) + rest
         ),
     }
 

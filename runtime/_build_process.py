@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import depthwire
 from depthwire.runtime._build_errors import crashed, refused
+from depthwire.runtime._child import end_child, read_lines
 from depthwire.runtime.memory import gigabytes, process_rss_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 WORKER_COMMAND = (sys.executable, "-m", "depthwire.runtime._build_worker")
 _HEARTBEAT_SECONDS = 0.25
-_TERMINATE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def spawn(
     start = time.monotonic()
     with log.open("wb") as stderr, _child(command, stderr) as process:
         messages: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_read_lines, args=(process, messages), daemon=True).start()
+        threading.Thread(target=read_lines, args=(process, messages), daemon=True).start()
         _send(process, request)
         follower = _Follower(process.pid, start, estimated_seconds, progress)
         final = follower.follow(messages)
@@ -151,18 +151,7 @@ def _child(command: Sequence[str], stderr: BinaryIO) -> Iterator[subprocess.Pope
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_TERMINATE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for pipe in (process.stdin, process.stdout):
-            # A child that died before reading its request leaves the pipe broken; its exit status tells the story.
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
+        end_child(process)
 
 
 def _send(process: subprocess.Popen[bytes], request: BuildRequest) -> None:
@@ -172,14 +161,6 @@ def _send(process: subprocess.Popen[bytes], request: BuildRequest) -> None:
     with contextlib.suppress(BrokenPipeError):  # the child died at once: its exit status tells the story
         stdin.write(json.dumps(dataclasses.asdict(request)).encode() + b"\n")
         stdin.flush()
-
-
-def _read_lines(process: subprocess.Popen[bytes], messages: queue.Queue[str | None]) -> None:
-    # ValueError: the main thread closed the pipe while this one was reading, after a cancellation.
-    with contextlib.suppress(ValueError, OSError):
-        for line in process.stdout or ():
-            messages.put(line.decode("utf-8"))
-    messages.put(None)
 
 
 class _Follower:

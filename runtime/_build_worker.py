@@ -14,7 +14,6 @@ import faulthandler
 import json
 import math
 import os
-import re
 import sys
 import threading
 import time
@@ -22,10 +21,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from depthwire.runtime._child import Channel, end_with_parent, make_logger
 from depthwire.runtime._peak_rss import peak_rss_bytes
 
 _STEP_INTERVAL_SECONDS = 0.1
-_DUPLICATE_NAME = "already exists, the output tensors of this new instance will not be queryable"
 # ONNX's names of types, and TensorRT's; the same names as in ``_build_process.BuildRequest.dtypes``.
 _NETWORK_DTYPES = {
     "FLOAT": "FLOAT",
@@ -40,30 +39,15 @@ _NETWORK_DTYPES = {
     "INT4": "INT4",
     "BOOL": "BOOL",
 }
-_PARSING = re.compile(r"(?:Static check for parsing|Parsing) node: (.*)")
-
-
-class _Channel:
-    """Writes messages to the parent on a private copy of stdout; the builder's own prints go to the log."""
-
-    def __init__(self) -> None:
-        self._file = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        self._lock = threading.Lock()  # progress may be reported from several builder threads
-
-    def send(self, event: str, **fields: object) -> None:
-        with self._lock:
-            self._file.write(json.dumps({"event": event, **fields}) + "\n")
-            self._file.flush()
 
 
 def main() -> None:
     """Serve one request and end the process."""
     faulthandler.enable()
     _forbid_core_dumps()
-    channel = _Channel()
+    channel = Channel()
     request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         import tensorrt_rtx
     except ImportError as error:
@@ -88,15 +72,8 @@ def _forbid_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def _end_with_parent() -> None:
-    # os.read, not sys.stdin: a buffered reader would keep its lock into the interpreter's shutdown.
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
-
-
-def _build(trt: Any, request: dict[str, Any], channel: _Channel) -> tuple[str, dict[str, Any]]:
-    log = _logger(trt)
+def _build(trt: Any, request: dict[str, Any], channel: Channel) -> tuple[str, dict[str, Any]]:
+    log = make_logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
@@ -201,32 +178,7 @@ def _census(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int], dic
     return dict(layers.most_common()), dict(dtypes.most_common()), dict(weights.most_common())
 
 
-def _logger(trt: Any) -> Any:
-    severity = trt.ILogger.Severity
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.node = ""
-
-        def log(self, level: Any, message: str) -> None:
-            if level == severity.VERBOSE:
-                match = _PARSING.match(message)
-                self.node = match[1] if match else self.node
-                return
-            # One such line for every node of every repeated function body: true and of no consequence.
-            if _DUPLICATE_NAME in message:
-                return
-            if level in {severity.ERROR, severity.INTERNAL_ERROR}:
-                self.errors.append(message)
-            sys.stderr.write(f"[{level.name}] {message}\n")
-            sys.stderr.flush()
-
-    return Logger()
-
-
-def _monitor(trt: Any, channel: _Channel) -> Any:
+def _monitor(trt: Any, channel: Channel) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

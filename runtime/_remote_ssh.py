@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from depthwire.errors import RemoteError, UsageError
 from depthwire.runtime import _remote_errors as errors
+from depthwire.runtime._child import end_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,7 +44,6 @@ _FIXED = (
 )  # fmt: skip
 _DEFAULTS = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=3", "ForwardAgent=no")
 _SOCKET_SECONDS = 0.02
-_END_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Connection:
     def close(self) -> None:
         """End the master, and with it every session."""
         if self._master is not None:
-            _end(self._master)
+            end_child(self._master)
             self._master = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -220,7 +220,7 @@ class Connection:
             try:
                 yield Session(self, process, stderr).begin({"verb": verb, "root": self.root, **fields})
             finally:
-                _end(process)
+                end_child(process)
 
 
 class Session:
@@ -321,17 +321,3 @@ class Session:
 def _spawn(command: list[str], **streams: Any) -> subprocess.Popen[bytes]:
     # A session of its own: Ctrl-C reaches us alone, and there is no terminal that ssh could ask on.
     return subprocess.Popen(command, start_new_session=True, **streams)  # noqa: S603 - arguments, no shell
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.close()

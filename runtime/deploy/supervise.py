@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from depthwire.runtime._child import end_child, read_lines
 from depthwire.runtime.deploy.probe import peak_rss, read_memory
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _POLL_SECONDS = 0.2
-_TERMINATE_SECONDS = 5.0
 WORKER = "--worker"
 
 
@@ -82,14 +82,14 @@ def run_child(
         env=environment,
     )
     messages: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(process, messages), daemon=True).start()
+    threading.Thread(target=read_lines, args=(process, messages), daemon=True).start()
     try:
         _send(process, request)
         outcome.available_before = _available(system)
         _follow(process, messages, outcome, _Watch(system, floor_bytes, progress))
         status = process.wait()
     finally:
-        _end(process)
+        end_child(process)
     outcome.seconds = round(time.monotonic() - started, 3)
     if outcome.result is not None:
         outcome.peak_rss_bytes = max(outcome.peak_rss_bytes, int(outcome.result.pop("peak_rss_bytes", 0)))
@@ -159,27 +159,6 @@ def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError):  # the child died at once: its exit status tells the story
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-
-
-def _read_lines(process: subprocess.Popen[bytes], messages: queue.Queue[str | None]) -> None:
-    with contextlib.suppress(ValueError, OSError):
-        for line in process.stdout or ():
-            messages.put(line.decode("utf-8"))
-    messages.put(None)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_TERMINATE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.close()
 
 
 def _crashed(status: int) -> str:

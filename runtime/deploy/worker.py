@@ -13,17 +13,15 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import sys
 import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from depthwire.runtime._child import Channel, end_with_parent, make_logger
 from depthwire.runtime.deploy.probe import peak_rss
 
-_DUPLICATE_NAME = "already exists, the output tensors of this new instance will not be queryable"
-_PARSING = re.compile(r"(?:Static check for parsing|Parsing) node: (.*)")
 _SHOWN_ERRORS = 4
 _LAST_TO_GO = "1000"
 
@@ -32,28 +30,13 @@ class WorkerError(Exception):
     """The request cannot be served; the text is for the user."""
 
 
-class Channel:
-    """Writes messages to the parent on a private copy of stdout; what native code prints goes to the log."""
-
-    def __init__(self) -> None:
-        self._file = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        self._lock = threading.Lock()  # the builder reports phases from threads of its own
-
-    def send(self, event: str, **fields: object) -> None:
-        """Send one message."""
-        with self._lock:
-            self._file.write(json.dumps({"event": event, **fields}) + "\n")
-            self._file.flush()
-
-
 def main() -> None:
     """Serve one request and end the process."""
     faulthandler.enable()
     _be_a_good_victim()
     channel = Channel()
     request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         fields = _serve(request, channel)
         channel.send("result", **fields, peak_rss_bytes=peak_rss(os.getpid()))
@@ -87,13 +70,6 @@ def _be_a_good_victim() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-
-
-def _end_with_parent() -> None:
-    # os.read, not sys.stdin: a buffered reader would keep its lock into the interpreter's shutdown.
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
 
 
 def build(trt: Any, request: dict[str, Any], channel: Channel) -> dict[str, Any]:
@@ -238,32 +214,6 @@ def load_engine(trt: Any, path: Path) -> Any:
     if engine is None:
         raise WorkerError("the engine cannot be loaded: " + ("; ".join(log.errors[:_SHOWN_ERRORS]) or "no message"))
     return engine
-
-
-def make_logger(trt: Any) -> Any:
-    """Return a logger that writes to stderr and keeps the errors."""
-    severity = trt.ILogger.Severity
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.node = ""
-
-        def log(self, level: Any, message: str) -> None:
-            if level == severity.VERBOSE:
-                match = _PARSING.match(message)
-                self.node = match[1] if match else self.node
-                return
-            # One such line for every node of every repeated function body: true and of no consequence.
-            if _DUPLICATE_NAME in message:
-                return
-            if level in {severity.ERROR, severity.INTERNAL_ERROR}:
-                self.errors.append(message)
-            sys.stderr.write(f"[{level.name}] {message}\n")
-            sys.stderr.flush()
-
-    return Logger()
 
 
 def _import_file(name: str, path: Path) -> Any:

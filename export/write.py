@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime as dt
-import os
 import shutil
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from depthwire._whole import put_in_place, temporary_sibling
 from depthwire.artifact import (
     GOLDENS,
     MODEL,
@@ -32,7 +31,7 @@ from depthwire.export.census import census, check_census, check_scales, weight_s
 from depthwire.export.ops import DOMAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import onnx_ir as ir
@@ -74,7 +73,7 @@ def write_artifact(
         ExportError: ``onnx.checker`` refuses the file, or its dtypes are not those asked for (``export.precision``).
         OSError: The disk is full or the place cannot be written; nothing is left behind.
     """
-    with _temporary_sibling(out) as root:
+    with temporary_sibling(out) as root:
         graphs = {MODEL: model, **({} if routed is None else routed.models)}
         others = [other for name, other in graphs.items() if name != MODEL]
         precision = None if precision is None else _counted(precision, graphs, rewritten)
@@ -93,7 +92,7 @@ def write_artifact(
         for name in (*graphs, GOLDENS):
             artifact.add_file(name)
         artifact.write_manifest()
-        _replace(root, out)
+        put_in_place(root, out)
     return Artifact(out, manifest)
 
 
@@ -107,33 +106,6 @@ def _counted(precision: PrecisionInfo, graphs: Mapping[str, ir.Model], program: 
     weights, embedding = weight_sizes(model)
     filled = {"census": census(model), "weight_bytes": weights, "embedding_bytes": embedding}
     return precision.model_copy(update=filled)
-
-
-@contextlib.contextmanager
-def _temporary_sibling(out: Path) -> Iterator[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    root = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir()
-    try:
-        yield root
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _replace(root: Path, out: Path) -> None:
-    """Rename the finished directory into place; an old artefact is moved aside first and deleted last."""
-    if not out.exists():
-        root.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    out.rename(old)
-    try:
-        root.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _save_graph(model: ir.Model, path: Path) -> None:

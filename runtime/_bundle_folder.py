@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 from typing import TYPE_CHECKING
 
 from depthwire.artifact import sha256_file
@@ -13,10 +10,7 @@ from depthwire.errors import UsageError
 from depthwire.runtime.deploy.manifest import BUNDLE, FileEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-_WORK = "work"
 
 
 def check_bundle_out(out: Path) -> None:
@@ -50,33 +44,3 @@ def list_files(root: Path) -> dict[str, FileEntry]:
     """Return size and hash of every file of a bundle."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): FileEntry(path.stat().st_size, sha256_file(path)) for path in files}
-
-
-@contextlib.contextmanager
-def temporary_sibling(out: Path) -> Iterator[Path]:
-    """Give a directory beside the one to write, and remove it unless it was renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    root = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir()
-    try:
-        yield root
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def replace(root: Path, out: Path) -> None:
-    """Rename the finished directory into place; an old one is moved aside first, and its work directory is kept."""
-    if not out.exists():
-        root.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    out.rename(old)
-    try:
-        root.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    if (old / _WORK).is_dir():
-        (old / _WORK).rename(out / _WORK)
-    shutil.rmtree(old, ignore_errors=True)

@@ -16,9 +16,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from depthwire._whole import put_in_place, temporary_sibling
 from depthwire.artifact import GOLDENS, MODEL, WEIGHTS, sha256_file
 from depthwire.errors import UsageError
-from depthwire.runtime._bundle_folder import check_bundle_out, list_files, replace, temporary_sibling
+from depthwire.runtime._bundle_folder import check_bundle_out, list_files
 from depthwire.runtime._bundle_goldens import ONNX_RUNTIME, TORCH, TWIN, outputs_of, write_goldens
 from depthwire.runtime._bundle_graph import Graph, check_graph, expose_routing, graphs_of, write_plugin_form
 from depthwire.runtime._bundle_platform import (
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = ["LATENCY_RUNS", "BundleInfo", "BundleOptions", "artifact_id", "check_bundle_out", "write_bundle"]
 
 LATENCY_RUNS = 200
+_WORK = "work"  # what the script wrote there, engines among it, belongs to the newer bundle too
 _WARMUP_RUNS, _WARMUP_SECONDS = 20, 1.0
 
 
@@ -165,7 +167,7 @@ def write_bundle(
         say("hashes")
         bundle.files.update(list_files(root))
         (root / BUNDLE).write_text(encode(bundle), encoding="utf-8")
-        replace(root, out)
+        put_in_place(root, out, keep=_WORK)
     size = sum(entry.bytes for entry in bundle.files.values())
     return BundleInfo(out, sha256_file(out / BUNDLE), size, bundle)
 

@@ -28,6 +28,7 @@ SHARED = (
     "depthwire.route",
     "depthwire._mapped",
     "depthwire._logs",
+    "depthwire._whole",
 )
 
 

@@ -16,7 +16,6 @@ Reading checks every hash and says which file differs. Paths inside are relative
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from depthwire._hash import sha256_file
 from depthwire.errors import ExportError
 
 SCHEMA_VERSION = 1
@@ -256,15 +256,6 @@ class Manifest(_Strict):
     kernels: KernelsInfo | None = None
     route: RouteInfo | None = None
     precision: PrecisionInfo | None = None
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hex, read in chunks of 8 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Artifact:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from depthwire.artifact import sha256_file
+from depthwire._hash import sha256_file
 from depthwire.errors import UsageError
 from depthwire.export._hf_files import CONFIG, read_checkpoint
 from depthwire.export._options import DTYPES, CaptureOptions

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from depthwire.artifact import sha256_file
+from depthwire._hash import sha256_file
 from depthwire.errors import CaptureError
 from depthwire.export._capture_hf import load_model
 from depthwire.export._hf_program import hf_program

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from depthwire._hash import sha256_file
 from depthwire._logs import logs_disabled
-from depthwire.artifact import sha256_file
 from depthwire.errors import CaptureError
 from depthwire.export._outputs import named_tensors
 from depthwire.export._pt2_archive import Archive, invalid, unsafe

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from depthwire.artifact import sha256_file
+from depthwire._hash import sha256_file
 from depthwire.errors import CaptureError
 
 CONFIG = "config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from depthwire.artifact import sha256_file
+from depthwire._hash import sha256_file
 from depthwire.errors import UsageError
 from depthwire.runtime.deploy.manifest import BUNDLE, FileEntry
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from depthwire.artifact import sha256_file
+from depthwire._hash import sha256_file
 from depthwire.runtime import _remote_errors as errors
 
 if TYPE_CHECKING:

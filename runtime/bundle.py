@@ -16,8 +16,9 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from depthwire._hash import sha256_file
 from depthwire._whole import put_in_place, temporary_sibling
-from depthwire.artifact import GOLDENS, MODEL, WEIGHTS, sha256_file
+from depthwire.artifact import GOLDENS, MODEL, WEIGHTS
 from depthwire.errors import UsageError
 from depthwire.runtime._bundle_folder import check_bundle_out, list_files
 from depthwire.runtime._bundle_goldens import ONNX_RUNTIME, TORCH, TWIN, outputs_of, write_goldens

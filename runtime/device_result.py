@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from depthwire._hash import sha256_file
 from depthwire.errors import ExportError, ParityError
-from depthwire.runtime.deploy.manifest import SCHEMA_VERSION, Bundle, BundleError, decode, sha256_file
+from depthwire.runtime.deploy.manifest import SCHEMA_VERSION, Bundle, BundleError, decode
 from depthwire.runtime.tolerances import EXACT_DTYPES
 
 if TYPE_CHECKING:

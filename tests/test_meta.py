@@ -29,6 +29,7 @@ SHARED = (
     "depthwire._mapped",
     "depthwire._logs",
     "depthwire._whole",
+    "depthwire._hash",
 )
 
 

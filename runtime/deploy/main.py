@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from depthwire._hash import sha256_file
 from depthwire.runtime.deploy import manifest, steps
 from depthwire.runtime.deploy.checks import Check, check_device, failures
 from depthwire.runtime.deploy.probe import probe, read_power
@@ -174,7 +175,7 @@ class _Session:
             raise StopRun(CHECK_FAILED, str(error)) from error
         self.result |= {
             "depthwire": bundle.depthwire,
-            "bundle_sha256": manifest.sha256_file(self.root / manifest.BUNDLE),
+            "bundle_sha256": sha256_file(self.root / manifest.BUNDLE),
             "artifact": dataclasses.asdict(bundle.artifact),
             "target": bundle.target,
             "form": bundle.form,

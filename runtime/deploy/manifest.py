@@ -7,13 +7,14 @@ damaged or written by hand is one clear error.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+
+from depthwire._hash import sha256_file
 
 SCHEMA_VERSION = 1
 BUNDLE = "bundle.json"
@@ -359,15 +360,6 @@ def inside(root: Path, name: str) -> Path:
     if not plain or not path.resolve().is_relative_to(root.resolve()):
         raise BundleError(f"{BUNDLE} names a file outside the bundle: {name!r}")
     return path
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hex, read in chunks of 8 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def wrong_files(root: Path, bundle: Bundle) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from depthwire.runtime.deploy.manifest import sha256_file
+from depthwire._hash import sha256_file
 
 if TYPE_CHECKING:
     from pathlib import Path

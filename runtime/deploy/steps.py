@@ -7,7 +7,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from depthwire.runtime.deploy.manifest import inside, sha256_file
+from depthwire._hash import sha256_file
+from depthwire.runtime.deploy.manifest import inside
 from depthwire.runtime.deploy.supervise import run_child
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ import onnxruntime
 import pytest
 
 import depthwire
+from depthwire._hash import sha256_file
 from depthwire.artifact import Artifact
 from depthwire.cli.main import main
 from depthwire.runtime.deploy.judge import judge_window
-from depthwire.runtime.deploy.manifest import SCRIPT, read_bundle, sha256_file
+from depthwire.runtime.deploy.manifest import SCRIPT, read_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,8 @@ import onnxruntime
 import pytest
 import torch
 
-from depthwire.artifact import GOLDENS, MANIFEST, MODEL, WEIGHTS, Artifact, sha256_file
+from depthwire._hash import sha256_file
+from depthwire.artifact import GOLDENS, MANIFEST, MODEL, WEIGHTS, Artifact
 from depthwire.errors import ExportError
 from depthwire.export import write as write_module
 from depthwire.export._external_data import ALIGNMENT, write_external_data

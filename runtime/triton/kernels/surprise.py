@@ -66,6 +66,17 @@ def softplus(value: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def first_valid(valid: tl.tensor, tokens: tl.tensor, SCAN: tl.constexpr) -> tl.tensor:
+    """Return the first token of a row that is no padding; the number of tokens where all are."""
+    first = tokens
+    for start in range(0, tokens, SCAN):
+        each = start + tl.arange(0, SCAN)
+        bit = tl.load(valid + each, mask=each < tokens, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(bit, each, tokens), 0))
+    return first
+
+
+@triton.jit
 def surprise_rank(
     sums: tl.tensor,
     criteria: tl.tensor,
@@ -89,11 +100,7 @@ def surprise_rank(
     valid += row * tokens
     sums += row * 2 * tokens
     kept = exists & (tl.load(valid + token, mask=exists, other=0) != 0)
-    first = tokens
-    for start in range(0, tokens, SCAN):
-        each = start + tl.arange(0, SCAN)
-        bit = tl.load(valid + each, mask=each < tokens, other=0) != 0
-        first = tl.minimum(first, tl.min(tl.where(bit, each, tokens), 0))
+    first = first_valid(valid, tokens, SCAN)
     behind = tl.minimum(token - first + 1, WINDOW)  # tokens of the window that there are
     total = tl.zeros([TILE, COLUMNS], tl.float32)
     for start in range(0, tl.minimum(tokens, WINDOW), COLUMNS):
@@ -139,11 +146,7 @@ def surprise_score(
     delta += row * tokens * WIDTH
     prior += row * tokens * WIDTH
     kept = exists & (tl.load(valid + token, mask=exists, other=0) != 0)
-    first = tokens
-    for start in range(0, tokens, SCAN):
-        each = start + tl.arange(0, SCAN)
-        bit = tl.load(valid + each, mask=each < tokens, other=0) != 0
-        first = tl.minimum(first, tl.min(tl.where(bit, each, tokens), 0))
+    first = first_valid(valid, tokens, SCAN)
     behind = tl.minimum(token - first + 1, WINDOW)  # tokens of the window that there are
     end = tl.minimum(begin + TILE, tokens)
     total = tl.zeros([TILE], tl.float32)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from depthwire.runtime.deploy.manifest import sha256_file
+from depthwire._hash import sha256_file
 from tests.runtime.deploy.device import ORIN, command, edit, files_of, make_system, run
 from tests.signals import skip_if_ignored
 

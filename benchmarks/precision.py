@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import onnx_ir
 
@@ -28,7 +28,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "routed": {"route_seed": 0, "route_layers": "20", "capacity": "0.75", "route_unit": "mlp"},
     "routed-two": {"route_seed": 0, "route_layers": "18,22", "capacity": "0.5", "route_unit": "mlp"},
 }
-PRECISIONS = ("fp16", "bf16", "int8", "int4-weights")
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4-weights"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)[1:]
 
 
 def main() -> None:
@@ -43,18 +44,18 @@ def main() -> None:
             found = _converted(form, precision, build=not arguments.no_build)
             for name, value in found.items():
                 sized = name.endswith("_bytes")
-                value = value / base[name] if sized else value  # noqa: PLW2901
+                shown = value / base[name] if sized else value
                 unit = "decisions" if name.startswith("routing") else "ratio"
-                report(f"{form}_{precision}_{name}", value, unit, f"fp32, {form}", 4 if not sized else 1)
+                report(f"{form}_{precision}_{name}", shown, unit, f"fp32, {form}", 4 if not sized else 1)
 
 
-def _converted(form: str, precision: str, *, build: bool) -> dict[str, float]:
+def _converted(form: str, precision: Precision, *, build: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="depthwire-precision-") as folder:
         result = depthwire.convert(
             str(MODEL),
             Path(folder) / "out",
             **FORMS[form],
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             seq_len=512,
             text=TEXT,
             windows=4,

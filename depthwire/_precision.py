@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from depthwire.artifact import PrecisionInfo
 from depthwire.errors import PassError, UsageError
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from depthwire.recipe import Recipe
     from depthwire.runtime.target import Target
     from depthwire.stages import Stage, Stages
+
+Rest = Literal["fp32", "fp16", "bf16"]
+_PLAIN: dict[str, Rest] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 HEADROOM = 2.0
 """Calibration text shows the ranges of some text: what fp16 holds must be this many times more."""
@@ -46,10 +49,11 @@ class Deployed:
     info: PrecisionInfo
 
 
-def rest_of(recipe: Recipe, target: Target) -> str:
+def rest_of(recipe: Recipe, target: Target) -> Rest:
     """Return the dtype of what is not quantised."""
     kind, rest = recipe.precision.kind, recipe.precision.rest
-    if kind not in ("int8", "int4-weights"):
+    plain = _PLAIN.get(kind)
+    if plain is not None:
         if rest is not None:
             raise UsageError(
                 "precision.rest",
@@ -59,7 +63,7 @@ def rest_of(recipe: Recipe, target: Target) -> str:
                 got=f"--precision {kind}",
                 todo="Leave --precision-rest away, or quantise.",
             )
-        return kind
+        return plain
     return rest or ("fp32" if target.builder == "onnxruntime" else "fp16")
 
 
@@ -207,7 +211,7 @@ def _islands(program: Program, *, wide_logits: bool) -> dict[str, int]:
 
 
 def _steps(
-    program: Program, feeds: Sequence[Mapping[str, Tensor]], recipe: Recipe, rest: str, stage: Stage
+    program: Program, feeds: Sequence[Mapping[str, Tensor]], recipe: Recipe, rest: Rest, stage: Stage
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, int]]:
     """Return the passes that make the deployed program, those that make its twin, and what is quantised."""
     from depthwire.passes.cast_precision import CastPrecision
@@ -232,7 +236,7 @@ def _steps(
         quantized |= {"layers kept": len(plan.kept)} if plan.kept else {}
     if rest == "fp32":
         return quantize, weights_alone, quantized
-    cast = CastPrecision(rest, options.logits)  # type: ignore[arg-type]
+    cast = CastPrecision(rest, options.logits)
     twin = dataclasses.replace(cast, arithmetic="fp32")
     return (*quantize, cast), (*weights_alone, twin), quantized
 
